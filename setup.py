@@ -1,0 +1,44 @@
+"""Packaging: `pipelines/`, `training/` and `model_cards/` stand at the top level and belong to the package."""
+
+from setuptools import find_packages, setup
+
+
+BESIDE = ["pipelines", "training", "model_cards"]  # parts of the package that live beside it in the repository
+
+setup(
+    name="hf-diffusion",
+    version="0.1.0",
+    description="Train, guide, measure and share diffusion models on your own images with diffusers and accelerate",
+    long_description=open("README.md", encoding="utf-8").read(),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=find_packages(
+        include=["hf_diffusion", "hf_diffusion.*"],
+        exclude=[pattern for name in BESIDE for pattern in (f"hf_diffusion.{name}", f"hf_diffusion.{name}.*")],
+    )
+    + [f"hf_diffusion.{name}" for name in BESIDE],
+    package_dir={f"hf_diffusion.{name}": name for name in BESIDE},
+    package_data={"hf_diffusion.training": ["recipes/*.yaml"], "hf_diffusion.model_cards": ["template.md"]},
+    install_requires=[
+        "torch>=2.11",
+        "diffusers>=0.42.1",
+        "transformers>=5.17",
+        "accelerate>=1.15",
+        "datasets>=5.2",
+        "huggingface-hub>=1.33",
+        "safetensors>=0.8",
+        "numpy>=2.0",
+        "pillow>=12.0",
+        "pyyaml>=6.0",
+        "tqdm>=4.66",
+        "jinja2>=3.1",
+        "matplotlib>=3.10",
+    ],
+    extras_require={
+        "digits": ["scikit-learn>=1.7"],
+        "tensorboard": ["tensorboard>=2.20"],
+        "test": ["pytest>=9.0", "ruff>=0.15", "scikit-learn>=1.7", "tensorboard>=2.20"],
+    },
+    entry_points={"console_scripts": ["hf-diffusion=hf_diffusion.cli:main"]},
+)
