@@ -1,0 +1,1 @@
+"""Checkpoints of other code bases to and from the models of this package."""
