@@ -60,7 +60,7 @@ class TrainingConfig:
     max_bad_images: int = option(
         100, "stop when more images than this cannot be read; fewer are skipped and counted", at_least=0
     )
-    streaming: bool = option(False, "read a data set of the Hub while training instead of downloading it first")
+    streaming: bool = option(False, "read the data set while training instead of downloading and preparing it first")
     # Decoded images are kept in memory where they fit, and then worker processes cost more than they bring.
     dataloader_num_workers: int = option(0, "processes that read images ahead of the training", at_least=0)
 
@@ -153,10 +153,6 @@ class TrainingConfig:
         check_fields(self)
         self._check_exclusive("dataset_name", "train_data_dir", "the data to train on")
         self._check_exclusive("max_train_steps", "num_epochs", "how long to train")
-        if self.streaming and self.dataset_name in (None, "digits"):
-            raise ValueError(
-                f"streaming reads from the Hub, got dataset_name {self.dataset_name!r}; leave streaming out for local data"
-            )
         if self.streaming and self.num_epochs:
             raise ValueError(
                 "num_epochs needs the number of images, which a stream does not tell; give max_train_steps instead"

@@ -221,7 +221,6 @@ def test_a_saved_configuration_is_plain_yaml_with_every_field_in_order(tmp_path)
             "dataset_name 'digits' and train_data_dir 'x' both say the data to train on; give one",
         ),
         (["--num_epochs", "1"], "max_train_steps 10 and num_epochs 1 both say how long to train; give one"),
-        (["--streaming"], "streaming reads from the Hub, got dataset_name 'digits'"),
         (["--overwrite_output_dir", "--resume_from_checkpoint", "latest"], "overwrite_output_dir deletes what"),
         (["--lr_warmup_steps", "11"], "lr_warmup_steps 11 is longer than the run of 10 steps"),
         (["--output_dir", ""], "output_dir is empty"),

@@ -1,0 +1,101 @@
+"""What a run writes down while it trains: running means over all processes, `metrics.jsonl`, experiment trackers."""
+
+import json
+import os
+import time
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from hf_diffusion.figures import loss_curve
+
+
+QUARTILES = 4
+
+
+class RunningMeans:
+    """Means of per-image values since the last report, kept on the device; only a report waits for it."""
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self.sums: dict[str, Tensor] = {}
+
+    def add(self, values: dict[str, Tensor], level: Tensor | None) -> None:
+        """Add values of shape (B,); `level` (B,) in [0, 1) also sorts "loss" into quartiles of the noise level."""
+        for name, value in values.items():
+            self._add(name, value.detach().float(), torch.ones_like(value))
+        if level is not None:
+            quartile = (level * QUARTILES).long()
+            for q in range(QUARTILES):
+                self._add(f"loss_q{q}", values["loss"].detach().float(), (quartile == q).float())
+
+    def _add(self, name: str, value: Tensor, weight: Tensor) -> None:
+        pair = torch.stack([(value * weight).sum(), weight.sum().to(value.dtype)])
+        self.sums[name] = self.sums[name] + pair if name in self.sums else pair
+
+    def report(self, accelerator: Accelerator) -> dict[str, float]:
+        """The means over all processes since the last report; a quartile that no image fell into is left out."""
+        if not self.sums:
+            return {}
+        names = sorted(self.sums)
+        totals = accelerator.reduce(torch.stack([self.sums[name] for name in names]), "sum").tolist()
+        self.sums = {}
+        return {name: total / count for name, (total, count) in zip(names, totals) if count}
+
+
+class MetricsLog:
+    """`metrics.jsonl` (one JSON object a line) with the trackers of `--report_to` beside it; written by the main process only."""
+
+    def __init__(self, accelerator: Accelerator, output_dir: Path, step: int):
+        self.accelerator, self.path = accelerator, output_dir / "metrics.jsonl"
+        self.curve = output_dir / "loss_curve.png"
+        if accelerator.is_main_process and self.path.exists():
+            self._forget_after(step)
+
+    def _forget_after(self, step: int) -> None:
+        """Drop what an interrupted run wrote after the checkpoint from which this one goes on: it is done again."""
+        kept = []
+        for line in self.path.read_text().splitlines():
+            try:
+                if json.loads(line)["step"] <= step:
+                    kept.append(line + "\n")
+            except (ValueError, KeyError, TypeError):  # a line cut off by a kill
+                continue
+        partial = self.path.with_name(".metrics.jsonl.partial")
+        partial.write_text("".join(kept))
+        os.replace(partial, self.path)
+
+    def write(self, step: int, values: dict[str, float]) -> None:
+        """Append one record and hand it to the trackers."""
+        if self.accelerator.is_main_process:
+            with self.path.open("a") as file:
+                file.write(json.dumps({"step": step, **values}) + "\n")
+        self.accelerator.log(values, step=step)
+
+    def draw(self) -> None:
+        """Draw the loss curve anew."""
+        if self.accelerator.is_main_process and self.path.exists():
+            loss_curve(self.path, self.curve)
+
+
+class Stopwatch:
+    """Seconds since the last report, and how many of them were spent waiting for data."""
+
+    def __init__(self):
+        self.started, self.waited = time.perf_counter(), 0.0
+
+    def wait(self, iterator):
+        """The next batch, its waiting time counted."""
+        begin = time.perf_counter()
+        batch = next(iterator)
+        self.waited += time.perf_counter() - begin
+        return batch
+
+    def report(self, images: int) -> dict[str, float]:
+        """Images per second and the share of the time spent waiting for data; starts anew."""
+        elapsed = time.perf_counter() - self.started
+        result = {"images_per_second": images / elapsed, "data_wait": self.waited / elapsed}
+        self.started, self.waited = time.perf_counter(), 0.0
+        return result

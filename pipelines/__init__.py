@@ -1,0 +1,6 @@
+"""Sampling: one pipeline a file, each of which travels to the Hub with the weights."""
+
+from hf_diffusion.pipelines.pipeline_classifier_free_guidance import ClassifierFreeGuidancePipeline
+
+
+__all__ = ["ClassifierFreeGuidancePipeline"]

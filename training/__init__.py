@@ -1,0 +1,1 @@
+"""Training scripts, started by `accelerate launch training/train_<method>.py`."""
