@@ -100,8 +100,11 @@ def read_manifest(folder: Path) -> dict:
 
 
 def find_checkpoint(output_dir: Path, asked: str) -> Path | None:
-    """The checkpoint that `--resume_from_checkpoint` means: `latest` (None where there is none yet) or a folder."""
-    if asked == "latest":
+    """The checkpoint that `--resume_from_checkpoint` means: `latest` (None where there is none yet) or a folder.
+
+    `hub` is the latest, too: the one of the Hub has been put beside the others by then.
+    """
+    if asked in ("latest", "hub"):
         return latest_checkpoint(output_dir)
     folder = Path(asked)
     if not folder.is_dir() and (Path(output_dir) / asked).is_dir():

@@ -8,17 +8,17 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from hf_diffusion.config import config_to_yaml
-from hf_diffusion.data_decoding import from_network_range
+from hf_diffusion.config.training import config_to_yaml
+from hf_diffusion.data.decoding import from_network_range
 from hf_diffusion.figures import labelled_grid
 from hf_diffusion.randomness import Draw
-from hf_diffusion.trainer import Trainer
+from hf_diffusion.training_run import TrainingRun
 
 
 TIMED_STEPS = 3
 
 
-def dry_run(trainer: Trainer) -> None:
+def dry_run(trainer: TrainingRun) -> None:
     """Print the resolved settings and measured costs of one micro step, and write `data_preview.png` to the output folder."""
     accelerator, config = trainer.accelerator, trainer.config
     seconds, activations = _measure(trainer)
@@ -28,8 +28,9 @@ def dry_run(trainer: Trainer) -> None:
     folder = Path(config.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     _data_grid(trainer).save(folder / "data_preview.png")
-    weights = 4 * trainer.parameters
-    state = weights * (5 if trainer.ema is not None else 4)  # weights, gradients, two moments of AdamW, average
+    trained = sum(p.numel() for network in trainer.networks for p in network.parameters())
+    # weights, gradients, two moments of AdamW; average
+    state = 4 * (4 * trained + (trainer.parameters if trainer.ema is not None else 0))
     facts = {
         "data": f"{trainer.images or 'a stream of'} images, {trainer.data.channels} x {trainer.data.size[0]} x {trainer.data.size[1]}, "
         f"{trainer.data.num_classes or 'no'} classes",
@@ -44,7 +45,7 @@ def dry_run(trainer: Trainer) -> None:
     print("\n".join(f"{name:<{width}}  {value}" for name, value in facts.items()))
 
 
-def _measure(trainer: Trainer) -> tuple[float, int]:
+def _measure(trainer: TrainingRun) -> tuple[float, int]:
     """Seconds of an optimizer step and bytes that autograd keeps for one micro step; no weight is changed."""
     config, device = trainer.config, trainer.accelerator.device
     batch = {name: value.to(device) for name, value in next(trainer.batches()).items()}
@@ -56,10 +57,7 @@ def _measure(trainer: Trainer) -> tuple[float, int]:
 
     def micro_step() -> None:
         draw = Draw(config.seed, 0, slice(0, config.train_batch_size), config.train_batch_size, device)
-        with trainer.accelerator.autocast():
-            loss = trainer.loss(trainer.model, batch, draw)["loss"].mean()
-        trainer.accelerator.backward(loss)
-        trainer.optimizer.zero_grad()
+        trainer.rehearse(batch, draw)
 
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
         micro_step()
@@ -69,13 +67,13 @@ def _measure(trainer: Trainer) -> tuple[float, int]:
         if device.type == "cuda":
             torch.cuda.synchronize()
     seconds = (time.perf_counter() - began) / TIMED_STEPS
-    parameters = {p.untyped_storage().data_ptr() for p in trainer.model.parameters()}
+    parameters = {p.untyped_storage().data_ptr() for network in trainer.networks for p in network.parameters()}
     return seconds * config.gradient_accumulation_steps, sum(
         b for pointer, b in kept.items() if pointer not in parameters
     )
 
 
-def _data_grid(trainer: Trainer) -> Image.Image:
+def _data_grid(trainer: TrainingRun) -> Image.Image:
     """The first images of the run, at most 64."""
     stream, images = trainer.batches(), []
     while sum(map(len, images)) < 64 and len(images) < trainer.total_steps:
@@ -84,7 +82,7 @@ def _data_grid(trainer: Trainer) -> Image.Image:
     return labelled_grid(pixels, columns=math.ceil(len(pixels) ** 0.5))
 
 
-def _passes(trainer: Trainer) -> str:
+def _passes(trainer: TrainingRun) -> str:
     seen = trainer.total_steps * trainer.global_batch
     return f", {seen / trainer.images:.1f} passes over the data" if trainer.images else ""
 

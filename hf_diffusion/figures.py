@@ -100,11 +100,45 @@ def loss_curve(metrics_jsonl: str | os.PathLike, out_png: str | os.PathLike) -> 
         panels[1].set_ylim(bottom=0)
         panels[1].ticklabel_format(axis="y", style="sci", scilimits=(-2, 3))
     panels[-1].set_xlabel("optimizer step")
-    out_png = Path(out_png)
+    _save(figure, Path(out_png))
+    return Path(out_png)
+
+
+def adversarial_curve(metrics_jsonl: str | os.PathLike, out_png: str | os.PathLike) -> Path | None:
+    """Draw the two losses of a GAN, the share of pairs that the discriminator tells apart, and max |V|, over the optimizer steps.
+
+    Reads loss_d, loss_g, right and max_abs_v from one JSON object a line, as `loss_curve` does; the path, or None without a loss.
+    """
+    from matplotlib.figure import Figure
+
+    records = _read_metrics(metrics_jsonl)
+    losses = {name: _series(records, key) for name, key in (("discriminator", "loss_d"), ("generator", "loss_g"))}
+    if not len(losses["discriminator"][1]):
+        return None
+    figure = Figure(figsize=(8, 6.2), dpi=160, layout="constrained")
+    panels = figure.subplots(3, 1, sharex=True, height_ratios=[3, 2, 2])
+    _dress(panels[0], "loss", logarithmic=False)
+    for (name, (steps, values)), colour in zip(losses.items(), QUARTER_COLOURS[::2]):
+        panels[0].plot(steps, values, color=colour, linewidth=0.5, alpha=0.5)
+        panels[0].plot(steps, _smooth(values), color=colour, linewidth=1.8, label=name)
+    panels[0].legend(frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    for panel, key, label in ((panels[1], "right", "told apart"), (panels[2], "max_abs_v", "max |V|")):
+        _dress(panel, label, logarithmic=False)
+        steps, values = _series(records, key)
+        panel.plot(steps, values, color="0.72", linewidth=0.6)
+        panel.plot(steps, _smooth(values), color="black", linewidth=1.6)
+        panel.set_ylim(bottom=0)
+    panels[1].axhline(0.5, color="0.5", linewidth=0.8, linestyle=":")  # where real and generated cannot be told apart
+    panels[1].set_ylim(top=1)
+    panels[-1].set_xlabel("optimizer step")
+    _save(figure, Path(out_png))
+    return Path(out_png)
+
+
+def _save(figure, out_png: Path) -> None:
     half_written = out_png.with_name(f".{os.getpid()}.{out_png.name}")
     figure.savefig(half_written, format="png")
     os.replace(half_written, out_png)
-    return out_png
 
 
 def _shortened(label: str) -> str:

@@ -3,6 +3,7 @@
 import json
 import os
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -25,13 +26,15 @@ class RunningMeans:
     def add(self, values: dict[str, Tensor], level: Tensor | None) -> None:
         """Add values of shape (B,); `level` (B,) in [0, 1) also sorts "loss" into quartiles of the noise level."""
         for name, value in values.items():
-            self._add(name, value.detach().float(), torch.ones_like(value))
+            self.add_weighted(name, value, torch.ones_like(value))
         if level is not None:
             quartile = (level * QUARTILES).long()
             for q in range(QUARTILES):
-                self._add(f"loss_q{q}", values["loss"].detach().float(), (quartile == q).float())
+                self.add_weighted(f"loss_q{q}", values["loss"], (quartile == q).float())
 
-    def _add(self, name: str, value: Tensor, weight: Tensor) -> None:
+    def add_weighted(self, name: str, value: Tensor, weight: Tensor) -> None:
+        """Add values (B,) of one name, each as often as its weight (B,) says."""
+        value = value.detach().float()
         pair = torch.stack([(value * weight).sum(), weight.sum().to(value.dtype)])
         self.sums[name] = self.sums[name] + pair if name in self.sums else pair
 
@@ -48,9 +51,15 @@ class RunningMeans:
 class MetricsLog:
     """`metrics.jsonl` (one JSON object a line) with the trackers of `--report_to` beside it; written by the main process only."""
 
-    def __init__(self, accelerator: Accelerator, output_dir: Path, step: int):
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        output_dir: Path,
+        step: int,
+        draw_curve: Callable[[Path, Path], Path | None] = loss_curve,
+    ):
         self.accelerator, self.path = accelerator, output_dir / "metrics.jsonl"
-        self.curve = output_dir / "loss_curve.png"
+        self.curve, self.draw_curve = output_dir / "loss_curve.png", draw_curve
         if accelerator.is_main_process and self.path.exists():
             self._forget_after(step)
 
@@ -75,9 +84,9 @@ class MetricsLog:
         self.accelerator.log(values, step=step)
 
     def draw(self) -> None:
-        """Draw the loss curve anew."""
+        """Draw the curve of the run anew."""
         if self.accelerator.is_main_process and self.path.exists():
-            loss_curve(self.path, self.curve)
+            self.draw_curve(self.path, self.curve)
 
 
 class Stopwatch:

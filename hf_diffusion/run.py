@@ -5,6 +5,7 @@ import shlex
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -12,11 +13,12 @@ from accelerate import Accelerator
 from accelerate.utils import ProjectConfiguration
 
 from hf_diffusion.checkpoints import list_checkpoints
-from hf_diffusion.config import TrainingConfig, config_to_dict
-from hf_diffusion.data import ImageData, load_images
+from hf_diffusion.config.training import TrainingConfig, config_to_dict
+from hf_diffusion.data.images import ImageData, load_images
 from hf_diffusion.environment import environment
+from hf_diffusion.hub.sharing import Sharing, newest_grid, prepare_sharing, step_tag
 from hf_diffusion.model_card import write_model_card
-from hf_diffusion.trainer import Trainer
+from hf_diffusion.training_run import TrainingRun
 
 
 @contextmanager
@@ -38,6 +40,7 @@ def start_run(config: TrainingConfig) -> Accelerator:
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.allow_tf32
     if accelerator.is_main_process and not config.dry_run:
         claim_output_dir(config)
+        prepare_sharing(config)
     accelerator.wait_for_everyone()
     return accelerator
 
@@ -52,7 +55,8 @@ def claim_output_dir(config: TrainingConfig) -> None:
         for checkpoint in list_checkpoints(folder):
             shutil.rmtree(checkpoint)
         (folder / "metrics.jsonl").unlink(missing_ok=True)
-        shutil.rmtree(folder / "samples", ignore_errors=True)
+        for name in ("samples", "outbox"):
+            shutil.rmtree(folder / name, ignore_errors=True)
     elif used and not config.resume_from_checkpoint:
         raise ValueError(
             f"output_dir {folder} is not empty; go on with its run by --resume_from_checkpoint latest, begin anew by "
@@ -67,12 +71,41 @@ def load_training_data(config: TrainingConfig, accelerator: Accelerator) -> Imag
         return load_images(**config.data_arguments())
 
 
-def finish_run(trainer: Trainer, method: str, command: Sequence[str]) -> None:
-    """Write the model card beside the exported pipeline and say where everything is."""
-    if not trainer.accelerator.is_main_process:
-        return
-    folder = trainer.output_dir
-    samples = sorted((folder / "samples").glob("ema-*.png")) or sorted((folder / "samples").glob("raw-*.png"))
+def train_and_share(trainer: TrainingRun, **about) -> None:
+    """Train to the end or to a signal, write the card, and push what the settings ask for; `about`: see `write_run_card`."""
+    sharing, finished = None, False
+    if trainer.config.push_to_hub and trainer.accelerator.is_main_process:
+        sharing = Sharing(trainer, partial(write_run_card, trainer, **about))
+        trainer.after_save = sharing.after_save
+    try:
+        if trainer.train():
+            finish_run(trainer, **about)
+            finished = True
+    finally:
+        if sharing is not None:
+            sharing.close(finished)
+
+
+def finish_run(trainer: TrainingRun, **about) -> None:
+    """Write the model card beside the exported pipeline or model and say where everything is; `about`: see `write_run_card`."""
+    if trainer.accelerator.is_main_process:
+        folder = trainer.output_dir
+        write_run_card(trainer, folder, **about)
+        print(
+            f"trained {trainer.step} steps in {trainer.wall_time:.0f} s; the result, its card and its curve are in {folder}"
+        )
+
+
+def write_run_card(
+    trainer: TrainingRun,
+    folder: Path,
+    method: str,
+    command: Sequence[str],
+    kind: str = "diffusion model",
+    tags: Sequence[str] = ("ddpm",),
+) -> None:
+    """Write the model card of a run, as far as it has come, into a folder with its pipeline or model; kind, tags: see write_model_card."""
+    pushed = trainer.config.push_to_hub
     write_model_card(
         folder,
         config=config_to_dict(trainer.config),
@@ -89,9 +122,10 @@ def finish_run(trainer: Trainer, method: str, command: Sequence[str]) -> None:
             "skipped_steps": trainer.skipped,
             **environment(),
         },
-        metrics=None,
-        images=[str(path.relative_to(folder)) for path in samples[-1:]],
-    )
-    print(
-        f"trained {trainer.step} steps in {trainer.wall_time:.0f} s; the pipeline, its card and its samples are in {folder}"
+        metrics=trainer.evaluation or None,
+        kind=kind,
+        tags=tags,
+        images=[path.relative_to(folder).as_posix() for path in newest_grid(folder)],
+        repo_id=trainer.config.hub_model_id if pushed else None,
+        revision=step_tag(trainer.step) if pushed else None,
     )

@@ -1,65 +1,31 @@
-"""The one Accelerate loop: step, average, log, sample, checkpoint, resume, stop, export.
+"""The Accelerate loop for one network; what surrounds the optimizer step is in `training_run`.
 
 A training script hands it a model, data, and a loss function; what differs between methods is in these, not in hooks of the loop.
 A loss function takes (model, batch, draw) and returns per-image tensors (B,): "loss", optionally "level" (noise level in [0, 1)
 for the quartiles in the log), and whatever else is to be averaged into the log.
 """
 
-import logging
 import math
-import signal
-import sys
-import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from pathlib import Path
 
-import torch
 from accelerate import Accelerator
-from diffusers.training_utils import EMAModel
 from PIL import Image
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
-from hf_diffusion.checkpoints import check_same_run, find_checkpoint, save_checkpoint
-from hf_diffusion.config import TrainingConfig, config_to_dict, save_config
-from hf_diffusion.data import ImageData, StreamingImageData, batches
-from hf_diffusion.lr_schedule import lr_factor
-from hf_diffusion.randomness import BatchOrder, Draw, derive_seed
-from hf_diffusion.reporting import MetricsLog, RunningMeans, Stopwatch
+from hf_diffusion.config.training import TrainingConfig
+from hf_diffusion.data.images import ImageData, StreamingImageData
+from hf_diffusion.randomness import Draw
+from hf_diffusion.training_run import TrainingDiverged, TrainingRun, adam, made_ready
 
 
-logger = logging.getLogger(__name__)
+__all__ = ["Loss", "Trainer", "TrainingDiverged"]
 Loss = Callable[[nn.Module, dict[str, Tensor], Draw], dict[str, Tensor]]
 
 
-class TrainingDiverged(RuntimeError):
-    """The loss or its gradient was not finite for `max_nonfinite_steps` steps in a row."""
-
-
-class StopSignal:
-    """SIGTERM and SIGINT as a flag that the loop reads between steps; a second SIGINT interrupts at once."""
-
-    def __init__(self):
-        self.requested = False
-        self.former = {number: signal.signal(number, self._request) for number in (signal.SIGTERM, signal.SIGINT)}
-
-    def _request(self, number: int, frame) -> None:
-        if self.requested and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        self.requested = True
-
-    def restore(self) -> None:
-        for number, handler in self.former.items():
-            signal.signal(number, handler)
-
-
-class Trainer:
-    """Trains `model` on `data` by `loss`, on as many processes as `accelerate launch` starts.
-
-    `preview(model)` draws a grid of samples, or None; `export(model, folder)` writes what users load. Both are called on the main process with
-    a model in evaluation mode: the averaged weights, and for previews the raw ones, too.
-    """
+class Trainer(TrainingRun):
+    """Trains `model` on `data` by `loss`; export, preview and evaluate: see TrainingRun."""
 
     def __init__(
         self,
@@ -70,131 +36,21 @@ class Trainer:
         loss: Loss,
         export: Callable[[nn.Module, Path], None],
         preview: Callable[[nn.Module], Image.Image] | None = None,
+        evaluate: Callable[[nn.Module], dict[str, float]] | None = None,
     ):
-        self.config, self.accelerator, self.data, self.loss = config, accelerator, data, loss
-        self.export, self.preview, self.output_dir = export, preview, Path(config.output_dir)
-        self.step, self.skipped, self.skipped_in_a_row, self.wall_time = 0, 0, 0, 0.0
-        self.global_batch = config.global_batch(accelerator.num_processes)
-        self.images = None if isinstance(data, StreamingImageData) else len(data)
-        self.total_steps = config.total_steps(self.images, accelerator.num_processes)
-        self.order = BatchOrder(
-            self.images,
-            config.seed,
-            config.train_batch_size,
-            config.gradient_accumulation_steps,
-            accelerator.process_index,
-            accelerator.num_processes,
-        )
-        if config.channels_last:
-            model = model.to(memory_format=torch.channels_last)
-        if config.gradient_checkpointing:
-            model.enable_gradient_checkpointing()
-        if config.torch_compile:
-            model.compile()  # in place, so that the names in the state dict stay as they are
-        optimizer = torch.optim.AdamW(
-            model.parameters(),
-            lr=config.learning_rate,
-            betas=(config.adam_beta1, config.adam_beta2),
-            weight_decay=config.adam_weight_decay,
-            eps=config.adam_epsilon,
-            fused=True,
-        )
-        self.parameters = sum(p.numel() for p in model.parameters())
-        self.model, self.optimizer = accelerator.prepare(model, optimizer)
-        self.ema = None
-        if config.use_ema:
-            self.ema = EMAModel(
-                self.model.parameters(),
-                decay=config.ema_max_decay,
-                use_ema_warmup=True,
-                inv_gamma=config.ema_inv_gamma,
-                power=config.ema_power,
-                foreach=True,
-            )
-            accelerator.register_for_checkpointing(self.ema)
-        if config.resume_from_checkpoint and not config.dry_run:
-            self._resume(find_checkpoint(self.output_dir, config.resume_from_checkpoint))
+        super().__init__(config, accelerator, data, export, preview, evaluate)
+        self.loss = loss
+        model = made_ready(config, model)
+        self.model, self.optimizer = accelerator.prepare(model, adam(config, model, config.learning_rate))
+        self.networks = [self.model]
+        self._start_average()
+        self._resume()
 
-    # --- the run --------------------------------------------------------------------------------------------------------
-
-    def train(self) -> bool:
-        """Train to the end, or to a signal; True when the run is complete. Raises TrainingDiverged."""
-        self._begin()
-        stop = StopSignal()
-        try:
-            finished = self._loop(stop)
-        finally:
-            stop.restore()
-            self.progress.close()
-        if finished:
-            self._finish()
-        self.accelerator.end_training()
-        return finished
-
-    def _begin(self) -> None:
-        config, accelerator = self.config, self.accelerator
-        if accelerator.is_main_process:
-            self.output_dir.mkdir(parents=True, exist_ok=True)
-            save_config(config, self.output_dir / "config.yaml")
-        if config.report_to:
-            trackable = {
-                k: v if isinstance(v, int | float | str) else str(v) for k, v in config_to_dict(config).items()
-            }
-            accelerator.init_trackers("hf_diffusion", config=trackable)
-        self.log = MetricsLog(accelerator, self.output_dir, self.step)
-        self.means, self.watch = RunningMeans(accelerator.device), Stopwatch()
-        self.saved_step = self.step
-        self.progress = tqdm(
-            total=self.total_steps,
-            initial=self.step,
-            disable=not accelerator.is_main_process,
-            desc="training",
-            unit="step",
-            mininterval=1,
-        )
-
-    def _loop(self, stop: StopSignal) -> bool:
-        config = self.config
-        self.model.train()
-        stream = self.batches()
-        began = time.perf_counter()
-        while self.step < self.total_steps:
-            self._optimizer_step(stream)
-            self.step += 1
-            self.progress.update()
-            if self.step % config.logging_steps == 0 or self.step == self.total_steps:
-                self._report()
-            if config.sample_steps and self.step % config.sample_steps == 0 and self.step < self.total_steps:
-                self._draw_samples()
-            stopping = self._stop_everywhere(stop)
-            if stopping or self.step % config.checkpointing_steps == 0 or self.step == self.total_steps:
-                self.wall_time += time.perf_counter() - began
-                began = time.perf_counter()
-                self._save()
-            if stopping and self.step < self.total_steps:
-                self._say_how_to_go_on()
-                return False
-        return True
-
-    def batches(self) -> Iterator[dict[str, Tensor]]:
-        """Every micro-batch of this process from the current step on."""
-        config, accelerator = self.config, self.accelerator
-        if self.images is None:  # a stream counts its own way to the place, in the same layout as BatchOrder
-            place = (accelerator.process_index, accelerator.num_processes)
-            return self.data.stream(
-                self.step * self.global_batch, *place, config.train_batch_size, config.dataloader_num_workers
-            )
-        positions = self.order.positions(self.step, self.total_steps)
-        return batches(self.data, positions, config.dataloader_num_workers, accelerator.device.type == "cuda")
-
-    def _optimizer_step(self, stream) -> None:
+    def _optimizer_step(self, stream: Iterator[dict[str, Tensor]]) -> None:
         """One step on `gradient_accumulation_steps` micro-batches; a step whose gradient is not finite changes nothing."""
-        config, accelerator, micro_steps = self.config, self.accelerator, self.config.gradient_accumulation_steps
-        for micro in range(micro_steps):
-            batch = self._to_device(self.watch.wait(stream))
-            draw = Draw(config.seed, self.step, self.order.rows(micro), self.global_batch, accelerator.device)
-            # Dropout draws from the global generator: tie it to the place in the run, too.
-            torch.manual_seed(derive_seed(config.seed, "dropout", self.step, micro, accelerator.process_index))
+        accelerator, micro_steps = self.accelerator, self.config.gradient_accumulation_steps
+        for micro, batch, draw in self._micro_batches(stream):
+            self._seed_dropout(micro)
             last = micro == micro_steps - 1
             with nullcontext() if last else accelerator.no_sync(self.model):
                 with accelerator.autocast():
@@ -204,128 +60,24 @@ class Trainer:
         self._update()
 
     def _update(self) -> None:
-        config = self.config
-        for group in self.optimizer.param_groups:
-            group["lr"] = config.learning_rate * lr_factor(
-                self.step, self.total_steps, config.lr_scheduler, config.lr_warmup_steps, config.lr_decay_steps
-            )
-        self.grad_norm = float(
-            self.accelerator.clip_grad_norm_(self.model.parameters(), config.max_grad_norm or math.inf)
-        )
+        self._set_learning_rate(self.optimizer, self.config.learning_rate)
+        self.grad_norm = self._clip_gradients(self.optimizer, self.model)
         if math.isfinite(self.grad_norm):
             self.optimizer.step()
             self.skipped_in_a_row = 0
             if self.ema is not None:
                 self.ema.step(self.model.parameters())
         else:
-            self._skip()
+            self._skip(self.optimizer, self.grad_norm)
         self.optimizer.zero_grad(set_to_none=True)
 
-    def _skip(self) -> None:
-        self.skipped, self.skipped_in_a_row = self.skipped + 1, self.skipped_in_a_row + 1
-        if self.accelerator.scaler is not None:
-            self.optimizer.step()  # the scaler skips the update and lowers the loss scale
-        self.progress.write(
-            f"step {self.step}: the gradient is not finite ({self.grad_norm}); the step is skipped", file=sys.stderr
-        )
-        if self.skipped_in_a_row >= self.config.max_nonfinite_steps:
-            raise TrainingDiverged(
-                f"the gradient was not finite in {self.skipped_in_a_row} steps in a row, the last of them step {self.step}; the checkpoints in "
-                f"{self.output_dir} are untouched: resume from one with a lower learning_rate, or in bf16 instead of fp16"
-            )
-
-    # --- what a run leaves behind -----------------------------------------------------------------------------------------
-
     def _report(self) -> None:
-        images = (self.step % self.config.logging_steps or self.config.logging_steps) * self.global_batch
-        values = self.means.report(self.accelerator) | self.watch.report(images)
-        values |= {"lr": self.optimizer.param_groups[0]["lr"], "grad_norm": self.grad_norm, "skipped": self.skipped}
-        self.log.write(self.step, values)
-        self.progress.set_postfix(
-            loss=f"{values['loss']:.4f}", img_s=f"{values['images_per_second']:.0f}", refresh=False
-        )
+        values = {"lr": self.optimizer.param_groups[0]["lr"], "grad_norm": self.grad_norm}
+        self._write_report(values, {"loss": ".4f"})
 
-    def _draw_samples(self) -> None:
-        if self.preview is not None and self.accelerator.is_main_process:
-            folder = self.output_dir / "samples"
-            folder.mkdir(exist_ok=True)
-            kinds = {"raw": self._raw_model()} | ({"ema": self._averaged_model()} if self.ema is not None else {})
-            for kind, model in kinds.items():
-                with self.accelerator.autocast():
-                    self.preview(model).save(folder / f"{kind}-{self.step:08d}.png")
-        self.accelerator.wait_for_everyone()
-
-    def _save(self) -> None:
-        if self.saved_step != self.step:
-            save_checkpoint(
-                self.accelerator, self.output_dir, self.step, self._identity(), self.config.checkpoints_total_limit
-            )
-            self.saved_step = self.step
-            self.log.draw()
-
-    def _finish(self) -> None:
-        """Samples, curve, and the pipeline with the averaged weights."""
-        self._draw_samples()
-        if self.accelerator.is_main_process:
-            self.log.draw()
-            self.export(self._averaged_model() if self.ema is not None else self._raw_model(), self.output_dir)
-        self.accelerator.wait_for_everyone()
-
-    def _raw_model(self) -> nn.Module:
-        return self._copy(self.accelerator.unwrap_model(self.model).state_dict())
-
-    def _averaged_model(self) -> nn.Module:
-        """A copy with the averaged weights: the weights in training are never swapped, so they cannot be mixed up."""
-        model = self._copy(self.accelerator.unwrap_model(self.model).state_dict())
-        self.ema.copy_to(model.parameters())
-        return model
-
-    def _copy(self, state: dict[str, Tensor]) -> nn.Module:
-        source = self.accelerator.unwrap_model(self.model)
-        model = type(source).from_config(source.config).to(self.accelerator.device)
-        model.load_state_dict(state)
-        return model.eval().requires_grad_(False)
-
-    # --- resuming and stopping --------------------------------------------------------------------------------------------
-
-    def _identity(self) -> dict:
-        """What must agree for a checkpoint to continue this run exactly."""
-        return {
-            "seed": self.config.seed,
-            "global_batch": self.global_batch,
-            "total_steps": self.total_steps,
-            "data": self.data.fingerprint,
-            "parameters": self.parameters,
-            "use_ema": self.ema is not None,
-        }
-
-    def _resume(self, checkpoint: Path | None) -> None:
-        if checkpoint is None:
-            self.accelerator.print(f"there is no checkpoint in {self.output_dir} yet: starting at step 0")
-            return
-        self.step = check_same_run(checkpoint, self._identity())
-        self.accelerator.load_state(str(checkpoint))
-        if self.ema is not None:
-            self.ema.to(self.accelerator.device)
-        self.accelerator.print(f"going on from {checkpoint}, step {self.step} of {self.total_steps}")
-
-    def _stop_everywhere(self, stop: StopSignal) -> bool:
-        if self.accelerator.num_processes == 1:
-            return stop.requested
-        flag = torch.tensor(
-            float(stop.requested), device=self.accelerator.device
-        )  # a signal may reach one process only
-        return bool(self.accelerator.reduce(flag, "sum") > 0)
-
-    def _say_how_to_go_on(self) -> None:
-        self.progress.close()
-        self.accelerator.print(
-            f"stopped by a signal at step {self.step} of {self.total_steps}, everything is saved; go on with the same command and "
-            f"--resume_from_checkpoint latest, e.g. {sys.argv[0]} --config {self.output_dir / 'config.yaml'} --resume_from_checkpoint latest"
-        )
-
-    def _to_device(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        batch = {name: value.to(self.accelerator.device, non_blocking=True) for name, value in batch.items()}
-        if self.config.channels_last:
-            batch["pixels"] = batch["pixels"].contiguous(memory_format=torch.channels_last)
-        return batch
+    def rehearse(self, batch: dict[str, Tensor], draw: Draw) -> None:
+        """One micro step whose gradient is thrown away."""
+        with self.accelerator.autocast():
+            loss = self.loss(self.model, batch, draw)["loss"].mean()
+        self.accelerator.backward(loss)
+        self.optimizer.zero_grad()

@@ -10,9 +10,16 @@ from typing import Literal, get_type_hints
 import pytest
 import yaml
 
-import hf_diffusion.config
-from hf_diffusion.config import TrainingConfig, config_to_dict, config_to_yaml, option, parse_config, save_config
-from hf_diffusion.data import load_images
+import hf_diffusion.config.training
+from hf_diffusion.config.training import (
+    TrainingConfig,
+    config_to_dict,
+    config_to_yaml,
+    option,
+    parse_config,
+    save_config,
+)
+from hf_diffusion.data.images import load_images
 
 
 @dataclass(kw_only=True)
@@ -76,12 +83,12 @@ def test_help_lists_every_flag_with_its_default(capsys):
 
 
 def test_settings_need_neither_torch_nor_diffusers():
-    package = Path(hf_diffusion.config.__file__).parent
+    package = Path(hf_diffusion.config.training.__file__).parents[1]
     script = f"""if True:
         import sys, types
         package = types.ModuleType("hf_diffusion"); package.__path__ = [{str(package)!r}]
         sys.modules["hf_diffusion"] = package  # stands for the package, whose own __init__ imports everything
-        import hf_diffusion.config, hf_diffusion.lr_schedule
+        import hf_diffusion.config.training, hf_diffusion.lr_schedule
         print(sorted({{"torch", "diffusers", "accelerate", "numpy", "transformers"}} & set(sys.modules)))"""
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

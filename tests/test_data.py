@@ -18,10 +18,10 @@ import torch
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from hf_diffusion import data as data_module
-from hf_diffusion import data_decoding, data_sources
-from hf_diffusion.data import ImageData, batches, load_images
-from hf_diffusion.data_decoding import (
+from hf_diffusion.data import decoding as data_decoding
+from hf_diffusion.data import images as data_module
+from hf_diffusion.data import sources as data_sources
+from hf_diffusion.data.decoding import (
     ImageTransform,
     draws,
     from_network_range,
@@ -29,6 +29,7 @@ from hf_diffusion.data_decoding import (
     to_network_range,
     to_pixels,
 )
+from hf_diffusion.data.images import ImageData, batches, load_images
 
 
 FASHION = Path(__file__).parents[2] / "shared" / "data" / "fashion_mnist-test.parquet"
@@ -638,7 +639,7 @@ def test_a_data_set_of_the_hub_is_loaded_and_streamed_and_a_missing_one_is_expla
     parquet = labelled_parquet(tmp_path / "train.parquet", [1, 0, 1], datasets.ClassLabel(names=["oak", "ash tree"]))
     client = f"""
 import datasets, huggingface_hub
-from hf_diffusion.data import load_images
+from hf_diffusion.data.images import load_images
 datasets.config.USE_PARQUET_EXPORT = False  # the test server has no such host
 hub = huggingface_hub.HfApi()
 hub.create_repo("alice/trees", repo_type="dataset")

@@ -15,14 +15,14 @@ import torch
 from PIL import Image
 from torch import nn
 
-from hf_diffusion.config import TrainingConfig, option, parse_config
-from hf_diffusion.data import ImageData
+from hf_diffusion.config.training import TrainingConfig, option, parse_config
+from hf_diffusion.data.images import ImageData
 from hf_diffusion.dry_run import dry_run
 from hf_diffusion.figures import labelled_grid
 from hf_diffusion.losses.gaussian import loss_weight, simple_loss
 from hf_diffusion.models.unet_adm import ADMUNet2DModel
 from hf_diffusion.pipelines.pipeline_classifier_free_guidance import ClassifierFreeGuidancePipeline
-from hf_diffusion.run import finish_run, load_training_data, one_sentence_errors, start_run
+from hf_diffusion.run import load_training_data, one_sentence_errors, start_run, train_and_share
 from hf_diffusion.schedulers.scheduling_gaussian import DDIMEtaScheduler, GaussianScheduler, LinearDDPMScheduler
 from hf_diffusion.timestep_sampling import antithetic_timesteps, stratified_timesteps, uniform_timesteps
 from hf_diffusion.trainer import Loss, Trainer
@@ -114,7 +114,7 @@ def build_model(config: DDPMConfig, data: ImageData) -> ADMUNet2DModel:
             f"class_conditional is set, but {data.name} has no labels; leave it out, or name the column by --label_column"
         )
     positions = min(data.size) // config.patch_size
-    channel_mult = config.channel_mult or _levels_for(positions)
+    channel_mult = config.channel_mult or levels_for(positions)
     torch.manual_seed(config.seed)
     return ADMUNet2DModel(
         sample_size=data.size,
@@ -136,7 +136,7 @@ def build_model(config: DDPMConfig, data: ImageData) -> ADMUNet2DModel:
     )
 
 
-def _levels_for(side: int) -> tuple[float, ...]:
+def levels_for(side: int) -> tuple[float, ...]:
     """Width multipliers for images of so many positions a side: levels down to 4 or 8 positions, as ADM has them."""
     for smallest, multipliers in (
         (192, (1, 1, 2, 2, 4, 4)),
@@ -217,8 +217,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if config.dry_run:
             dry_run(trainer)
             return 0
-    if trainer.train():
-        finish_run(trainer, method="ddpm", command=[PROG, *(sys.argv[1:] if argv is None else argv)])
+    train_and_share(trainer, method="ddpm", command=[PROG, *(sys.argv[1:] if argv is None else argv)])
     return 0
 
 

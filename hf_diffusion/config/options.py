@@ -16,7 +16,7 @@ from typing import Any, Literal, NoReturn, TypeVar, Union, get_args, get_origin,
 
 import yaml
 
-from hf_diffusion.coercion import allowed, coerce
+from hf_diffusion.config.coercion import allowed, coerce
 
 
 Config = TypeVar("Config")
