@@ -12,6 +12,7 @@ from numbers import Integral
 import numpy as np
 import torch
 from diffusers import DiffusionPipeline, ImagePipelineOutput, ModelMixin, SchedulerMixin
+from diffusers.guiders import BaseGuidance
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
@@ -114,8 +115,11 @@ class ClassifierFreeGuidancePipeline(SelfContainedMixin, DiffusionPipeline):
         output_type: str,
         callback_on_step_end_tensor_inputs: Sequence[str],
         micro_batch_size: int | None,
+        guider: BaseGuidance | None,
     ) -> None:
         """Raise ValueError, with what is allowed, for an argument of a call that the rest cannot work with."""
+        if guider is not None:
+            self._check_guider(guider, label_ids, guidance_scale)
         if self.num_classes is not None and label_ids is None and self.null_class_id is None:
             raise ValueError(
                 f"class_labels are missing; this model needs one of 0 to {self.num_classes - 1} for each image"
@@ -163,6 +167,20 @@ class ClassifierFreeGuidancePipeline(SelfContainedMixin, DiffusionPipeline):
                 f"micro_batch_size must be a whole number of at least 1 or None, not {micro_batch_size!r}"
             )
 
+    def _check_guider(self, guider: BaseGuidance, label_ids: list[int] | None, guidance_scale: float) -> None:
+        name = type(guider).__name__
+        if guidance_scale != 1:
+            raise ValueError(
+                f"guidance_scale={guidance_scale} and a guider were given; set the scale of the {name} instead"
+            )
+        if label_ids is None:
+            raise ValueError(f"{name} needs class_labels to guide towards; leave the guider out without them")
+        if "pred_uncond" in guider._input_predictions and self.null_class_id is None:
+            raise ValueError(
+                f"{name} needs a model that was trained with a null class (null_class=True and labels left out at random); "
+                "this one has none, so leave the guider out"
+            )
+
     @property
     def image_size(self) -> tuple[int, int]:
         """Height and width of the images."""
@@ -199,6 +217,29 @@ class ClassifierFreeGuidancePipeline(SelfContainedMixin, DiffusionPipeline):
             outputs.append(self.unet(inputs[rows], t, **condition, return_dict=False)[0])
         return torch.cat(outputs).to(latents.dtype)
 
+    def predict_guided(
+        self,
+        guider: BaseGuidance,
+        step: int,
+        t: Tensor,
+        latents: Tensor,
+        labels: Tensor,
+        micro_batch_size: int | None,
+    ) -> Tensor:
+        """The output that a guider makes of the predictions that it asks for, with the variance of the first, the conditional one."""
+        channels = self.unet.config.in_channels
+        guider.set_state(step=step, num_inference_steps=self.num_timesteps, timestep=t)
+        null = None if self.null_class_id is None else torch.full_like(labels, self.null_class_id)
+        inputs = {"class_labels": (labels, null), "sample": self.scheduler.scale_model_input(latents, t)}
+        batches, variance = guider.prepare_inputs(inputs), None
+        for batch in batches:
+            guider.prepare_models(self.unet)
+            output = self.predict(latents, t, batch.class_labels, micro_batch_size)
+            guider.cleanup_models(self.unet)
+            batch.noise_pred = output[:, :channels]
+            variance = output[:, channels:] if variance is None else variance
+        return torch.cat([guider(batches)[0], variance], dim=1)
+
     @torch.no_grad()
     def __call__(
         self,
@@ -218,6 +259,7 @@ class ClassifierFreeGuidancePipeline(SelfContainedMixin, DiffusionPipeline):
         callback_on_step_end: Callable | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
         micro_batch_size: int | None = None,
+        guider: BaseGuidance | None = None,
     ) -> ImagePipelineOutput | tuple[list[Image.Image] | np.ndarray | Tensor]:
         """Sample images.
 
@@ -242,6 +284,8 @@ class ClassifierFreeGuidancePipeline(SelfContainedMixin, DiffusionPipeline):
             callback_on_step_end_tensor_inputs: which tensors the callback is given.
             micro_batch_size: images that one forward of the network takes; does not change the images. None: chosen for
                 the device.
+            guider: a guider of diffusers (experimental there), such as `AdaptiveProjectedGuidance`, which takes the place of
+                guidance_scale, guidance_interval and guidance_rescale.
 
         Returns:
             `ImagePipelineOutput` or a tuple with the images. Raises ValueError for unknown classes and for arguments that
@@ -269,6 +313,7 @@ class ClassifierFreeGuidancePipeline(SelfContainedMixin, DiffusionPipeline):
             output_type,
             callback_on_step_end_tensor_inputs,
             micro_batch_size,
+            guider,
         )
         device, channels = self._execution_device, self.unet.config.in_channels
         self._guidance_scale, self._interrupt = guidance_scale, False
@@ -307,7 +352,9 @@ class ClassifierFreeGuidancePipeline(SelfContainedMixin, DiffusionPipeline):
             for i, t in enumerate(timesteps):
                 if self.interrupt:
                     continue
-                if is_guided[i]:
+                if guider is not None:
+                    output = self.predict_guided(guider, i, t, latents, labels, micro_batch_size)
+                elif is_guided[i]:
                     doubled = self.predict(torch.cat([latents, latents]), t, guided_labels, micro_batch_size)
                     uncond, output = doubled.chunk(2)  # each (B, C or 2 C, H, W)
                     uncond, cond, variance = uncond[:, :channels], output[:, :channels], output[:, channels:]

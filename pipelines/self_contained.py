@@ -120,7 +120,7 @@ class SelfContainedMixin:
         """
         if not IN_PACKAGE:  # this class came from a repository: the stock loader, which asks for trust_remote_code
             return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
-        download = importlib.import_module("hf_diffusion.hub").download_pipeline
+        download = importlib.import_module("hf_diffusion.hub.loading").download_pipeline
         folder = download(pretrained_model_name_or_path, kwargs)
         pipe = super().from_pretrained(folder, **{**kwargs, "trust_remote_code": False})
         pipe.register_to_config(_name_or_path=str(pretrained_model_name_or_path))
@@ -130,6 +130,6 @@ class SelfContainedMixin:
     def load_config(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs):
         config = super().load_config(pretrained_model_name_or_path, **kwargs)
         if IN_PACKAGE:  # from_pretrained reads the index here, and finds the package's modules in place of files
-            name_classes = importlib.import_module("hf_diffusion.hub").name_package_classes
+            name_classes = importlib.import_module("hf_diffusion.hub.loading").name_package_classes
             name_classes(config[0] if isinstance(config, tuple) else config)
         return config

@@ -403,16 +403,18 @@ class GaussianScheduler(SchedulerMixin, ConfigMixin):
         output, values = self._split(model_output, sample)
         x_0 = self._step_x_0(index, output, sample)
         on_x_0, on_x_t, sigma = self._ancestral[index]
-        if self.config.prediction_type == "previous_mean":
-            x_s = output  # the network gives the mean itself; clipping x_0 does not touch it
-        else:
-            x_s = (x_0 * on_x_0).add_(sample, alpha=on_x_t)
         if index + 1 < len(self.timesteps):
             noise = _noise(sample, generator, variance_noise)
-            if values is None:
-                x_s = torch.add(x_s, noise, alpha=sigma)
-            else:
-                x_s = x_s + (0.5 * self._learned_log_variance(values, *self._log_variance_bounds[index])).exp() * noise
+            if values is not None:
+                sigma = (0.5 * self._learned_log_variance(values, *self._log_variance_bounds[index])).exp()
+            # Noise drawn here becomes x_s in place: on a CPU a fresh tensor costs more than the arithmetic on it.
+            x_s = noise.mul_(sigma) if variance_noise is None else noise * sigma
+        else:
+            x_s = torch.zeros_like(sample)
+        if self.config.prediction_type == "previous_mean":
+            x_s.add_(output)  # the network gives the mean itself; clipping x_0 does not touch it
+        else:
+            x_s.add_(x_0, alpha=on_x_0).add_(sample, alpha=on_x_t)
         if gradient is not None:
             x_s = x_s + self.guidance_weight(model_output, timestep, sample) * _same_shape(gradient, sample)
         return GaussianSchedulerOutput(prev_sample=x_s, pred_original_sample=x_0) if return_dict else (x_s, x_0)

@@ -289,11 +289,11 @@ def replay_misc(case: Case) -> None:
                 ema.step([parameter])
             case.check("ema", ema.shadow_params[0], dtype)
     elif case.has_input("pixels"):
-        from hf_diffusion.data_decoding import to_network_range
+        from hf_diffusion.data.decoding import to_network_range
 
         case.check("normalized", to_network_range(case.input("pixels").to(torch.uint8).numpy()).double())
     elif case.has_input("sample"):
-        from hf_diffusion.data_decoding import from_network_range
+        from hf_diffusion.data.decoding import from_network_range
 
         sample = case.input("sample", torch.float32)
         truncated = (

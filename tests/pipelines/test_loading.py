@@ -17,7 +17,7 @@ import pytest
 import torch
 
 import hf_diffusion
-from hf_diffusion.hub import name_package_classes
+from hf_diffusion.hub.loading import name_package_classes
 from hf_diffusion.models.unet_adm import ADMUNet2DModel
 from hf_diffusion.pipelines.pipeline_classifier_free_guidance import ClassifierFreeGuidancePipeline
 from hf_diffusion.schedulers.scheduling_gaussian import CosineDDPMScheduler, DDIMEtaScheduler
