@@ -29,6 +29,7 @@ setup(
         "huggingface-hub>=1.33",
         "safetensors>=0.8",
         "numpy>=2.0",
+        "psutil>=6.0",
         "pillow>=12.0",
         "pyyaml>=6.0",
         "tqdm>=4.66",
@@ -38,7 +39,8 @@ setup(
     extras_require={
         "digits": ["scikit-learn>=1.7"],
         "tensorboard": ["tensorboard>=2.20"],
-        "test": ["pytest>=9.0", "ruff>=0.15", "scikit-learn>=1.7", "tensorboard>=2.20"],
+        "inception": ["torch-fidelity>=0.4"],
+        "test": ["pytest>=9.0", "ruff>=0.15", "scikit-learn>=1.7", "tensorboard>=2.20", "torchmetrics>=1.9"],
     },
     entry_points={"console_scripts": ["hf-diffusion=hf_diffusion.cli:main"]},
 )

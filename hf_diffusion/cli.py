@@ -1,4 +1,4 @@
-"""The `hf-diffusion` command: sample from pipelines and look into them. Sub-commands import what they need themselves."""
+"""The `hf-diffusion` command: sample from pipelines, measure them and look into them. Sub-commands import what they need themselves."""
 
 import argparse
 import math
@@ -6,6 +6,10 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
+
+from hf_diffusion.commands.convert import add_convert_parser
+from hf_diffusion.commands.evaluate import add_evaluate_parser
+from hf_diffusion.commands.push import add_push_parser
 
 
 SCHEDULERS = ("ddim", "ddpm", "dpm++", "unipc", "euler")
@@ -37,7 +41,9 @@ def main(argv: list[str] | None = None) -> int:
 def build_parser() -> argparse.ArgumentParser:
     """The parser of all sub-commands; `run` of the result is the function to call with it."""
     parser = argparse.ArgumentParser(
-        prog="hf-diffusion", description="Sample from diffusion pipelines and look into them", allow_abbrev=False
+        prog="hf-diffusion",
+        description="Sample from diffusion pipelines, measure them and look into them",
+        allow_abbrev=False,
     )
     commands = parser.add_subparsers(dest="command", required=True)
     common = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
@@ -45,27 +51,20 @@ def build_parser() -> argparse.ArgumentParser:
     common.add_argument("--revision", help="branch, tag or commit of the repository")
     common.add_argument("--subfolder", help="folder of the pipeline within the repository")
     common.add_argument("--traceback", action="store_true", help="on an error, show where in the code it arose")
-    add_sample_parser(commands, common)
+    sampling = sampling_options()
+    add_sample_parser(commands, [common, sampling])
+    add_evaluate_parser(commands, [common, sampling])
     info = commands.add_parser("info", parents=[common], allow_abbrev=False, help="show what a pipeline consists of")
     info.set_defaults(run=info_command)
+    add_push_parser(commands)
+    add_convert_parser(commands)
     return parser
 
 
-def add_sample_parser(commands: argparse._SubParsersAction, common: argparse.ArgumentParser) -> None:
-    """Add `sample`."""
-    sample = commands.add_parser(
-        "sample", parents=[common], allow_abbrev=False, help="draw images from a pipeline",
-        description="Draw images; image i uses the seed --seed + i and does not depend on the rest of its batch.",
-    )  # fmt: skip
-    add = sample.add_argument
-    add("--class_labels", help="numbers or names separated by commas, 'all', or 'none' for the null class")
-    add(
-        "--num_images", type=int, help="images in all, the same number of each class (default: 8 of each class, or 64)"
-    )
-    add("--seed", type=int, default=0)
-    add("--output", type=Path, help="picture of all images, a row for each class (default: grid.png)")
-    add("--images_dir", type=Path, help="folder for the single images as PNG")
-    add("--npz", type=Path, help="file for the images, uint8 (N, H, W[, C]), and their labels (N,)")
+def sampling_options() -> argparse.ArgumentParser:
+    """The options that say how to sample, for all sub-commands that do."""
+    options = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    add = options.add_argument
     add("--num_inference_steps", type=int)
     add("--eta", type=float, help="noise of DDIM sampling, 0 to 1")
     add("--guidance_scale", type=float, help="w in uncond + w * (cond - uncond)")
@@ -78,6 +77,28 @@ def add_sample_parser(commands: argparse._SubParsersAction, common: argparse.Arg
     add(
         "--trust_remote_code", action="store_true", help="run the code of a repository that hf_diffusion does not know"
     )
+    return options
+
+
+def add_sample_parser(commands: argparse._SubParsersAction, parents: list[argparse.ArgumentParser]) -> None:
+    """Add `sample`."""
+    sample = commands.add_parser(
+        "sample", parents=parents, allow_abbrev=False, help="draw images from a pipeline",
+        description="Draw images; image i uses the seed --seed + i and does not depend on the rest of its batch.",
+    )  # fmt: skip
+    add = sample.add_argument
+    add("--class_labels", help="numbers or names separated by commas, 'all', or 'none' for the null class")
+    add(
+        "--num_images", type=int, help="images in all, the same number of each class (default: 8 of each class, or 64)"
+    )
+    add("--seed", type=int, default=0)
+    add("--output", type=Path, help="picture of all images, a row for each class (default: grid.png)")
+    add("--images_dir", type=Path, help="folder for the single images as PNG")
+    add("--npz", type=Path, help="file for the images, uint8 (N, H, W[, C]), and their labels (N,)")
+    add(
+        "--interpolate", type=int, metavar="COLUMNS",
+        help="draw a grid instead whose rows lead from one noise to another (spherically), a row for each class or 8 rows",
+    )  # fmt: skip
     sample.set_defaults(run=sample_command)
 
 
@@ -91,6 +112,9 @@ def sample_command(args: argparse.Namespace) -> None:
     import numpy as np
 
     pipe = load_for_sampling(args)
+    if args.interpolate is not None:
+        draw_interpolation(pipe, args)
+        return
     labels = choose_labels(pipe, args)
     images = np.concatenate(list(draw_batches(pipe, labels, args)))  # uint8 (N, H, W, C)
     if args.output is not None:
@@ -112,7 +136,7 @@ def load_for_sampling(args: argparse.Namespace):
     """The pipeline with the scheduler, dtype and device that the command line asks for."""
     import torch
 
-    from hf_diffusion.hub import load_pipeline
+    from hf_diffusion.hub.loading import load_pipeline
 
     where = {"revision": args.revision, "subfolder": args.subfolder}
     pipe = load_pipeline(
@@ -193,6 +217,28 @@ def draw_batches(pipe, labels: list[int | None], args: argparse.Namespace):
         yield (images * 255).round().astype("uint8")
 
 
+def draw_interpolation(pipe, args: argparse.Namespace) -> None:
+    """`hf-diffusion sample --interpolate`: row r leads from the noise of seed --seed + 2 r to that of --seed + 2 r + 1."""
+    from hf_diffusion.evaluation.latent_space import interpolate
+    from hf_diffusion.figures import labelled_grid
+
+    for name in ("images_dir", "npz", "num_images"):
+        if getattr(args, name) is not None:
+            raise UsageError(f"--{name} does not go with --interpolate, which draws one grid; leave it out")
+    labels = list(dict.fromkeys(choose_labels(pipe, args)))
+    classes = None if labels[0] is None else labels
+    rows = 8 if classes is None else len(classes)
+    names = [(pipe.id2label or {}).get(label, str(label)) for label in classes or []]
+    names_of_options = ("num_inference_steps", "eta", "guidance_scale", "guidance_rescale")
+    options = {name: getattr(args, name) for name in names_of_options if getattr(args, name) is not None}
+    seeds = [(args.seed + 2 * row, args.seed + 2 * row + 1) for row in range(rows)]
+    images = interpolate(pipe, seeds, args.interpolate, classes, **options)
+    grid = labelled_grid(images, args.interpolate, names)
+    output = args.output or Path("grid.png")
+    write_whole(output, lambda file: grid.save(file, format="PNG"))
+    print(f"{output}: {rows} paths of {args.interpolate} images")
+
+
 def class_grid(images, labels: list[int | None], pipe):
     """A picture with the images of each class in rows, the first of which carries the class's name."""
     import numpy as np
@@ -238,7 +284,7 @@ def write_whole(path: Path, write: Callable) -> None:
 
 def info_command(args: argparse.Namespace) -> None:
     """`hf-diffusion info`: what a pipeline consists of, without running its code or fetching its weights."""
-    from hf_diffusion.hub import describe_pipeline
+    from hf_diffusion.hub.loading import describe_pipeline
 
     where = {"revision": args.revision, "subfolder": args.subfolder}
     description = describe_pipeline(args.pipeline, **{k: v for k, v in where.items() if v is not None})

@@ -1,0 +1,1 @@
+"""The longer sub-commands of `hf-diffusion`."""

@@ -1,0 +1,124 @@
+"""Drawing many images: one seed an image, nothing drawn twice, nothing mixed up."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DDIMPipeline, DDIMScheduler, UNet2DModel
+
+import hf_diffusion.evaluation.sampling as store
+from hf_diffusion.evaluation.sampling import draw, sample_images
+
+
+STEPS = {"num_inference_steps": 2, "progress": False}
+
+
+def count_draws(monkeypatch) -> list[list[int]]:
+    drawn = []
+
+    def counted(pipeline, seeds, labels, **options):
+        drawn.append(list(seeds))
+        return draw(pipeline, seeds, labels, **options)
+
+    monkeypatch.setattr(store, "draw", counted)
+    return drawn
+
+
+def test_image_i_is_that_of_its_seed_and_label_alone(conditional, tmp_path):
+    samples = sample_images(conditional, range(5, 12), [0, 1, 2, 0, 1, 2, 0], tmp_path, chunk_size=3, **STEPS)
+    images = samples.images()
+    assert images.shape == (7, 8, 8, 1) and images.dtype == np.uint8
+    alone = draw(conditional, [9], [1], num_inference_steps=2)[0]
+    assert np.abs(images[4].astype(int) - alone).max() <= 1
+    positions, labels = zip(*((positions, labels) for positions, _, labels in samples.chunks()))
+    assert np.concatenate(positions).tolist() == list(range(7))
+    assert np.concatenate(labels).tolist() == [0, 1, 2, 0, 1, 2, 0]
+
+
+def test_shares_of_any_number_of_processes_make_up_all_images_once(pipeline, tmp_path):
+    samples = sample_images(pipeline, range(10), None, tmp_path, chunk_size=3, **STEPS)
+    for processes in (1, 2, 8):
+        shares = [p for k in range(processes) for p, _, _ in samples.chunks(k, processes)]
+        assert sorted(np.concatenate(shares).tolist()) == list(range(10))
+
+
+def test_interrupted_sampling_goes_on_where_it_stopped(pipeline, tmp_path, monkeypatch):
+    whole = sample_images(pipeline, range(8), None, tmp_path / "whole", chunk_size=3, **STEPS).images()
+
+    def interrupt(pipeline, seeds, labels, **options):
+        if 3 in seeds:
+            raise KeyboardInterrupt
+        return draw(pipeline, seeds, labels, **options)
+
+    monkeypatch.setattr(store, "draw", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        sample_images(pipeline, range(8), None, tmp_path / "cut", chunk_size=3, **STEPS)
+    drawn = count_draws(monkeypatch)
+    samples = sample_images(pipeline, range(8), None, tmp_path / "cut", chunk_size=3, **STEPS)
+    assert drawn == [[3, 4, 5], [6, 7]]
+    np.testing.assert_array_equal(samples.images(), whole)
+    assert samples.seconds_per_image() > 0 and not list(samples.folder.glob(".*"))
+
+
+def test_a_damaged_chunk_is_drawn_again(pipeline, tmp_path, monkeypatch):
+    samples = sample_images(pipeline, range(4), None, tmp_path, chunk_size=2, **STEPS)
+    whole, damaged = samples.images(), sorted(samples.folder.glob("*.npz"))[1]
+    damaged.write_bytes(damaged.read_bytes()[:100])
+    drawn = count_draws(monkeypatch)
+    np.testing.assert_array_equal(
+        sample_images(pipeline, range(4), None, tmp_path, chunk_size=2, **STEPS).images(), whole
+    )
+    assert drawn == [[2, 3]]
+
+
+def test_images_of_other_settings_seeds_labels_or_weights_are_never_taken_for_these(
+    conditional, tmp_path, monkeypatch
+):
+    def folder(seeds=range(2), labels=(0, 1), **options):
+        return sample_images(conditional, seeds, list(labels), tmp_path, **{**STEPS, **options}).folder
+
+    first = folder()
+    protocol = json.loads((first / "protocol.json").read_text())
+    assert protocol["options"]["num_inference_steps"] == 2 and protocol["options"]["guidance_scale"] == 1.0
+    assert protocol["sampler"] == "DDIMEtaScheduler" and len(protocol["weights_sha256"]["unet"]) == 64
+    assert folder(eta=1.0) != first and folder(num_inference_steps=3) != first and folder(guidance_scale=2.0) != first
+    drawn = count_draws(monkeypatch)
+    assert folder() == first and not drawn
+    folder(seeds=range(1, 3)), folder(labels=(1, 1))
+    assert drawn == [[1, 2], [0, 1]]
+    weight = next(conditional.unet.parameters())
+    with torch.no_grad():
+        weight += 1
+        assert folder() != first
+        weight -= 1
+
+
+def test_stock_pipelines_are_drawn_from_too(tmp_path):
+    unet = UNet2DModel(sample_size=8, in_channels=3, out_channels=3, block_out_channels=(8, 8), norm_num_groups=2,
+                       down_block_types=("DownBlock2D",) * 2, up_block_types=("UpBlock2D",) * 2, layers_per_block=1)  # fmt: skip
+    stock = DDIMPipeline(unet, DDIMScheduler())
+    images = sample_images(stock, range(4), None, tmp_path, chunk_size=3, eta=0.5, **STEPS).images()
+    assert images.shape == (4, 8, 8, 3)
+    assert np.abs(images[2].astype(int) - draw(stock, [2], None, num_inference_steps=2, eta=0.5)[0]).max() <= 1
+
+
+def test_bad_calls_are_refused_with_a_reason(pipeline, tmp_path, monkeypatch):
+    with pytest.raises(ValueError, match="3 labels for 2 seeds"):
+        sample_images(pipeline, range(2), [0, 1, 2], tmp_path)
+    with pytest.raises(ValueError, match="0 seeds in chunks of 256 make no images"):
+        sample_images(pipeline, [], None, tmp_path)
+    with pytest.raises(ValueError, match="does not take strength; it takes"):
+        sample_images(pipeline, range(2), None, tmp_path, strength=1)
+    assert not list(tmp_path.iterdir())
+
+
+def test_images_that_are_not_finite_are_refused_with_their_seeds(tmp_path):
+    from tests.evaluation.conftest import tiny_pipeline
+
+    broken = tiny_pipeline()
+    with torch.no_grad():
+        next(broken.unet.parameters()).fill_(float("nan"))
+    with pytest.raises(ValueError, match=r"NaN or infinity for 2 of 2 images \(seeds \[3, 4\]"):
+        sample_images(broken, [3, 4], None, tmp_path, **STEPS)
+    assert not list(tmp_path.rglob("*.npz"))
