@@ -14,12 +14,17 @@ from typing import Any
 
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from huggingface_hub.repocard_data import eval_results_to_model_index, model_index_to_eval_results
 
-from hf_diffusion.options import config_to_yaml
+from hf_diffusion.config.options import config_to_yaml
 
 
 TEMPLATE = Path(__file__).parent / "model_cards" / "template.md"
 START, END = "<!-- hf_diffusion:generated:start -->", "<!-- hf_diffusion:generated:end -->"
+NOT_MEASURED = "- The quality of the samples has not been measured."  # two sentences of the template
+MEASURED = (
+    "- The results hold for the protocol beside them and cannot be compared with figures that were measured otherwise."
+)
 PIPELINE_TAG = "unconditional-image-generation"  # the Hub knows no task for images of a class
 NOT_IN_TABLES = (
     "class_names",
@@ -69,7 +74,7 @@ def write_model_card(
     )  # labelled data, unconditional model
     results = _results(metrics)
     card = ModelCard.from_template(
-        _metadata(title, config, data, results, tags, license, pipeline_class, has_code),
+        _metadata(title, config, data, results, tags, license, pipeline_class, has_code, images),
         template_path=str(TEMPLATE),
         title=title,
         summary=_summary(f"class-conditional {kind}" if network.get("num_class_embeds") else kind, data, training),
@@ -93,6 +98,35 @@ def write_model_card(
     return _merge_into(folder / "README.md", card)
 
 
+def update_card_results(folder: str | os.PathLike, metrics: dict[str, Any], data_name: str) -> Path:
+    """Add results to the card of a saved pipeline, in the place of earlier ones of the same names; `metrics` as for `write_model_card`.
+
+    ValueError where the folder has no card of this package, whose generated part the table belongs to.
+    """
+    path = Path(folder) / "README.md"
+    metadata, text = _read_card(path) if path.is_file() else ({}, "")
+    if START not in text:
+        raise ValueError(f"{path} is no card of hf_diffusion (it lacks the marker {START}); add the results by hand")
+    earlier = model_index_to_eval_results(metadata["model-index"])[1] if metadata.get("model-index") else []
+    added = _metadata("", {}, {"name": data_name}, _results(metrics), (), None, None, False).eval_results or []
+    merged = [result for result in earlier if result.metric_name not in metrics] + added
+    title = re.search(r"^# (.+)$", text, re.MULTILINE)
+    metadata["model-index"] = eval_results_to_model_index(title[1] if title else path.parent.resolve().name, merged)
+    rows = [
+        f"| {r.metric_name} | {r.metric_value:.6g} | {_cell((r.metric_args or {}).get('protocol', ''))} |"
+        for r in merged
+    ]
+    section = "\n".join(["## Results", "", "| measure | value | protocol |", "|---|---|---|", *rows, "", ""])
+    start, end = text.index(START), text.index(END)
+    block = re.sub(r"^## Results\n.*?(?=^## )", "", text[start:end], flags=re.DOTALL | re.MULTILINE)
+    # the template's order: results stand before the curve and the way to reproduce them
+    place = re.search(r"^## (Training curve|Reproduce)$", block, re.MULTILINE)
+    at = place.start() if place else len(block)
+    block = (block[:at] + section + block[at:]).replace(NOT_MEASURED, MEASURED)
+    _write_card(path, metadata, text[:start] + block + text[end:])
+    return path
+
+
 def _pipeline(folder: Path) -> tuple[str | None, bool]:
     """Class of the pipeline that is saved in the folder, None if there is none, and whether its code is there too."""
     if not (folder / "model_index.json").is_file():
@@ -103,13 +137,13 @@ def _pipeline(folder: Path) -> tuple[str | None, bool]:
 
 def _network(folder: Path) -> dict[str, Any]:
     """The configuration of the saved pipeline's network; empty where there is none of that name."""
-    path = folder / "unet" / "config.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    paths = [folder / part / "config.json" for part in ("unet", "generator")]
+    return next((json.loads(path.read_text(encoding="utf-8")) for path in paths if path.is_file()), {})
 
 
 def _call(pipeline_class: str | None, network: dict[str, Any], class_names: list[str] | None) -> str:
     """A call of the pipeline that works as it stands."""
-    if pipeline_class != "ClassifierFreeGuidancePipeline":
+    if pipeline_class not in ("ClassifierFreeGuidancePipeline", "DDGANPipeline"):
         return "image = pipe(generator=torch.Generator().manual_seed(0)).images[0]"
     labels = class_names or range(network.get("num_class_embeds") or 0)
     labels = list(labels)[:4]
@@ -130,11 +164,12 @@ def _metadata(
     license: str | None,
     pipeline_class: str | None,
     has_code: bool,
+    images: Sequence[str] = (),
 ) -> ModelCardData:
     dataset = _hub_id(config)
     evaluations = [
         EvalResult(
-            task_type=PIPELINE_TAG,
+            task_type=PIPELINE_TAG if pipeline_class else "image-classification",  # a model alone is a classifier
             dataset_type=dataset or "custom",
             dataset_name=str(data.get("name") or dataset or "training data"),
             metric_type=re.sub(r"[^a-z0-9]+", "-", result["name"].lower()).strip("-"),
@@ -155,6 +190,7 @@ def _metadata(
         tags=["hf_diffusion", *(["custom_code"] if has_code else []), *tags],
         model_name=title if evaluations else None,
         eval_results=evaluations or None,
+        widget=[{"text": "samples", "output": {"url": image}} for image in images] or None,  # the Hub's gallery
     )
 
 
@@ -243,25 +279,33 @@ def _merge_into(path: Path, card: ModelCard) -> Path:
         text = f"{old_text.rstrip()}\n\n{block}\n"
         if START in old_text:
             text = old_text[: old_text.index(START)] + block + old_text[old_text.index(END) + len(END) :]
+    _write_card(path, metadata, text)
+    return path
+
+
+def _write_card(path: Path, metadata: dict[str, Any], text: str) -> None:
     front = yaml.safe_dump(metadata, sort_keys=False, allow_unicode=True)
     half_written = path.with_name(f".{path.name}.{os.getpid()}")
     half_written.write_text(f"---\n{front}---\n{text}", encoding="utf-8")
     os.replace(half_written, path)
-    return path
 
 
 def _read_card(path: Path) -> tuple[dict[str, Any], str]:
-    content = path.read_text(encoding="utf-8")
+    return parse_card(path.read_text(encoding="utf-8"), str(path))
+
+
+def parse_card(content: str, name: str) -> tuple[dict[str, Any], str]:
+    """The metadata and the text of a card; ValueError, naming it, where the metadata or our markers are damaged."""
     front = re.match(r"\s*---\r?\n(.*?)\r?\n?---\r?\n", content, re.DOTALL)
     text = content[front.end() :] if front else content
     try:
         metadata = yaml.safe_load(front[1]) if front else {}
     except yaml.YAMLError as error:
-        raise ValueError(f"the metadata of {path} are not valid YAML; repair them or remove the file") from error
+        raise ValueError(f"the metadata of {name} are not valid YAML; repair them or remove the file") from error
     if metadata is not None and not isinstance(metadata, dict):
-        raise ValueError(f"the metadata of {path} must be `key: value` lines; repair them or remove the file")
+        raise ValueError(f"the metadata of {name} must be `key: value` lines; repair them or remove the file")
     if text.count(START) > 1 or text.count(START) != text.count(END) or text.find(START) > text.find(END):
         raise ValueError(
-            f"the markers {START} and {END} in {path} must be there once each, in this order, or not at all"
+            f"the markers {START} and {END} in {name} must be there once each, in this order, or not at all"
         )
     return metadata or {}, text

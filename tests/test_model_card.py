@@ -10,7 +10,7 @@ import yaml
 from huggingface_hub import ModelCard, metadata_load
 
 from hf_diffusion import ADMUNet2DModel, ClassifierFreeGuidancePipeline, DDIMEtaScheduler
-from hf_diffusion.config import TrainingConfig, config_to_dict, parse_config
+from hf_diffusion.config.training import TrainingConfig, config_to_dict, parse_config
 from hf_diffusion.environment import environment
 from hf_diffusion.model_card import END, START, write_model_card
 
@@ -106,6 +106,7 @@ def test_metadata_name_library_task_tags_and_the_data_set_of_the_hub(folder):
         "pipeline_tag": "unconditional-image-generation",
         "datasets": ["zalando-datasets/fashion_mnist"],
         "tags": ["hf_diffusion", "custom_code", "ddpm"],
+        "widget": [{"text": "samples", "output": {"url": "samples.png"}}],
     }
 
 

@@ -1,0 +1,1 @@
+"""Loading from the Hub by the package's own classes, and pushing to it."""

@@ -1,0 +1,105 @@
+"""What goes wrong between here and the Hub: which errors pass by themselves, how long to wait, and what to tell the user."""
+
+import json
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from huggingface_hub import set_client_factory
+from huggingface_hub.errors import (
+    BadRequestError,
+    GatedRepoError,
+    HfHubHTTPError,
+    LocalTokenNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+)
+from huggingface_hub.utils._http import default_client_factory
+
+
+TRANSIENT = (408, 412, 425, 429, 500, 502, 503, 504)  # 412: somebody else's commit came first
+TIMEOUTS = {"connect": 15.0, "read": 120.0, "write": 120.0, "pool": 60.0}  # seconds without any progress
+
+
+class PushError(RuntimeError):
+    """A push that did not get through, in one sentence; `final` if trying again would not help."""
+
+    def __init__(self, message: str, final: bool):
+        super().__init__(message)
+        self.final = final
+
+
+class ChecksumMismatch(RuntimeError):
+    """A file on the Hub differs from the one that was sent."""
+
+
+@contextmanager
+def bounded_requests() -> Iterator[None]:
+    """No request of huggingface_hub waits without end for a silent peer; process-wide, as is the client that it concerns."""
+
+    def client():
+        made = default_client_factory()
+        # A timeout of the client alone would not bind the calls that ask for none explicitly.
+        hooks = made.event_hooks
+        made.event_hooks = {**hooks, "request": [*hooks["request"], _bound]}
+        return made
+
+    set_client_factory(client)
+    try:
+        yield
+    finally:
+        set_client_factory(default_client_factory)
+
+
+def _bound(request) -> None:
+    given = request.extensions.get("timeout") or {}
+    bounds = {kind: limit if given.get(kind) is None else given[kind] for kind, limit in TIMEOUTS.items()}
+    request.extensions = {**request.extensions, "timeout": bounds}
+
+
+def is_transient(error: BaseException) -> bool:
+    """Whether the same push may well succeed a little later."""
+    if isinstance(error, OfflineModeIsEnabled):
+        return False
+    if isinstance(error, HfHubHTTPError):
+        return error.response.status_code in TRANSIENT
+    if isinstance(error, json.JSONDecodeError | ChecksumMismatch | TimeoutError):  # a gateway's HTML page is no JSON
+        return True
+    if isinstance(error, ConnectionError):  # hf_xet tells the status in the text only
+        return re.search(r"\b4(?!08|25|29)\d\d\b", str(error)) is None
+    if isinstance(error, RuntimeError) and str(error).startswith("Error while uploading"):
+        return True  # refused by the storage, as when a signed address expired; the next attempt gets a new one
+    return type(error).__module__.split(".")[0].startswith(("httpx", "httpcore"))
+
+
+def retry_after(error: BaseException) -> float:
+    """Seconds that the Hub asks to wait, 0 if it does not say."""
+    headers = error.response.headers if isinstance(error, HfHubHTTPError) else {}
+    asked = re.match(r"\d+", headers.get("Retry-After", "")) or re.search(r"(?<=t=)\d+", headers.get("RateLimit", ""))
+    return float(asked[0]) if asked else 0.0
+
+
+def brief(error: BaseException) -> str:
+    """What happened, in a few words."""
+    status = f"the Hub answered {error.response.status_code}" if isinstance(error, HfHubHTTPError) else ""
+    text = " ".join(str(error).split())
+    return status or f"{type(error).__name__}{': ' if text else ''}{text[:200]}"
+
+
+def in_one_sentence(error: BaseException, repo_id: str) -> str:
+    """What the user should know and do about a push that failed."""
+    if isinstance(error, LocalTokenNotFoundError):
+        return "there is no token for the Hub; log in by `hf auth login`, or set HF_TOKEN"
+    if isinstance(error, OfflineModeIsEnabled):
+        return f"nothing can be pushed to {repo_id} while HF_HUB_OFFLINE is set"
+    status = error.response.status_code if isinstance(error, HfHubHTTPError) else None
+    if status in (401, 403) or isinstance(error, RepositoryNotFoundError | GatedRepoError):
+        return (
+            f"this token may not write to {repo_id} ({status}); log in by `hf auth login` or set HF_TOKEN, with a token that "
+            "has write access to this repository"
+        )
+    if isinstance(error, BadRequestError):
+        return f"the Hub refuses the push to {repo_id}: {(error.server_message or brief(error)).strip()}"
+    if is_transient(error):
+        return f"the Hub cannot be reached for {repo_id}: {brief(error)}"
+    return f"the push to {repo_id} failed: {' '.join(str(error).split()) or repr(error)}"

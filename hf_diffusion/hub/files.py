@@ -1,0 +1,92 @@
+"""Which files of a folder leave the machine: by a list of what may, so that nothing else can slip through."""
+
+import json
+import re
+from collections.abc import Iterable
+from pathlib import Path
+
+
+INDEX = "model_index.json"
+CHECKPOINT = "last-checkpoint"  # in the repository; pushed only where `--hub_strategy checkpoint` asks for it
+ROOT_FILES = ("README.md", "LICENSE", "LICENSE.md", "config.yaml", "metrics.json", "loss_curve.png")
+PART_FILES = ("*.json", "*.safetensors", "*.txt", "*.py")  # of a component; no pickle, whatever its name
+PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".gif")
+GRID = re.compile(r"samples/(ema|raw)-\d+\.png")
+NAME = re.compile(r"[A-Za-z]\w*")  # of a component or a module; an index may come from anywhere, and name "../.ssh"
+TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{20,}\b")
+
+
+def pushable_files(folder: Path) -> dict[str, Path]:
+    """What is shared of the folder of a saved pipeline or model: path in the repository -> file.
+
+    Weights as safetensors, configurations, shipped code, the card, the pictures that the card shows, settings and results. Never
+    checkpoints, optimizer state, logs or random states. ValueError where there is nothing to share, or a text holds a token.
+    """
+    if not folder.is_dir():
+        raise ValueError(f"{folder} is not a folder; give the folder of a saved pipeline")
+    names = [*_pipeline_files(folder), *_model_files(folder)]
+    if not names:
+        raise ValueError(
+            f"{folder} holds no pipeline and no model: it has neither {INDEX} nor config.json with weights"
+        )
+    names += [name for name in ROOT_FILES if (folder / name).is_file()]
+    names += _pictures_in_card(folder)
+    files = {name: folder / name for name in dict.fromkeys(names)}
+    for path in files.values():
+        if path.suffix != ".safetensors" and path.suffix not in PICTURES and TOKEN.search(_text(path)):
+            raise ValueError(
+                f"{path} holds what looks like a token of the Hub; take it out, and revoke it if it was public"
+            )
+    return files
+
+
+def checkpoint_files(checkpoint: Path) -> dict[str, Path]:
+    """A training checkpoint, optimizer state and all, under the one name that it has in the repository."""
+    found = (path for path in sorted(checkpoint.rglob("*")) if path.is_file())
+    return {f"{CHECKPOINT}/{path.relative_to(checkpoint).as_posix()}": path for path in found}
+
+
+def is_stale(path: str, files: Iterable[str]) -> bool:
+    """Whether a file of the repository is left over from an earlier push of ours and not among `files`, which replace it.
+
+    Such are other files of the same components (a list of shards beside a single file would win when loading), earlier grids and
+    earlier checkpoints. What people put elsewhere is theirs.
+    """
+    if path in files:
+        return False
+    if "/" not in path:
+        return "config.json" in files and path.endswith((".safetensors", ".safetensors.index.json"))
+    parts = {name.split("/")[0] for name in files if "/" in name and name.split("/")[1].endswith("config.json")}
+    return path.split("/")[0] in {*parts, CHECKPOINT} or GRID.fullmatch(path) is not None
+
+
+def _pipeline_files(folder: Path) -> list[str]:
+    if not (folder / INDEX).is_file():
+        return []
+    index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
+    names, cls = [INDEX], index.get("_class_name")
+    if isinstance(cls, list) and NAME.fullmatch(cls[0]) and (folder / f"{cls[0]}.py").is_file():
+        names.append(f"{cls[0]}.py")
+    for part, entry in index.items():
+        if NAME.fullmatch(part) and isinstance(entry, list) and (folder / part).is_dir():
+            names += [
+                f"{part}/{path.name}" for pattern in PART_FILES for path in sorted((folder / part).glob(pattern))
+            ]
+    return names
+
+
+def _model_files(folder: Path) -> list[str]:
+    """Files of a model that is no pipeline, such as a classifier."""
+    weights = sorted(path.name for path in folder.glob("*.safetensors*"))
+    return ["config.json", *weights] if weights and (folder / "config.json").is_file() else []
+
+
+def _pictures_in_card(folder: Path) -> list[str]:
+    card = folder / "README.md"
+    shown = re.findall(r"!\[[^\]]*\]\(([^)\s]+)\)", card.read_text(encoding="utf-8")) if card.is_file() else []
+    inside = (name for name in shown if (folder / name).is_file() and ".." not in Path(name).parts)
+    return [name for name in inside if Path(name).suffix.lower() in PICTURES and not Path(name).is_absolute()]
+
+
+def _text(path: Path) -> str:
+    return path.read_text(encoding="utf-8", errors="replace")

@@ -1,0 +1,187 @@
+"""Folders and Hub repositories of pipelines: fetching them, and finding the package's own class for every part."""
+
+import importlib
+import json
+import math
+import os
+from pathlib import Path
+
+from diffusers import DiffusionPipeline, ModelMixin, SchedulerMixin
+from huggingface_hub import HfApi, hf_hub_download, snapshot_download
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+
+
+INDEX = DiffusionPipeline.config_name
+LIBRARIES = ("diffusers", "transformers")  # parts of these are loaded from there, whatever the package has
+NOT_WEIGHTS = ["*.py", "*.ckpt", "*.h5", "*.msgpack", "*.onnx", "*.pkl", "*.pt", "*.pth"]
+WHERE = ("subfolder", "revision", "token", "cache_dir", "local_files_only", "force_download")
+
+
+def package_class(class_name: str, kind: type | tuple[type, ...]) -> type | None:
+    """The class that this package exports under a name, if it is one of `kind`, else None."""
+    candidate = getattr(importlib.import_module("hf_diffusion"), class_name, None)
+    is_ours = isinstance(candidate, type) and issubclass(candidate, kind)
+    return candidate if is_ours and candidate.__module__.startswith("hf_diffusion.") else None
+
+
+def name_package_classes(index: dict) -> None:
+    """Rewrite the index of a pipeline in place so that every part that is not stock names a module of this package.
+
+    Parts are found by class name alone: the module or file that the index names is not looked at. Raises ValueError for
+    a class that the package does not have.
+    """
+    index["_class_name"] = index_class_name(index)
+    for name, entry in index.items():
+        is_part = isinstance(entry, (list, tuple)) and len(entry) == 2 and not name.startswith("_")
+        if not is_part or entry[0] is None or entry[0] in LIBRARIES:
+            continue
+        found = package_class(str(entry[1]), (ModelMixin, SchedulerMixin))
+        if found is None:
+            raise ValueError(
+                f"the {name} of this pipeline is a {entry[1]!r}, which this version of hf_diffusion does not have; update"
+                " hf_diffusion, or run the repository's own code with"
+                " DiffusionPipeline.from_pretrained(..., trust_remote_code=True) if you trust it"
+            )
+        index[name] = [found.__module__, found.__name__]
+
+
+def index_class_name(index: dict) -> str:
+    """The pipeline's class name; shipped code makes the entry a list of file and class."""
+    name = index["_class_name"]
+    return name[1] if isinstance(name, list) else name
+
+
+def find_index(
+    name_or_path: str | os.PathLike, subfolder: str | None = None, revision: str | None = None, **where
+) -> Path:
+    """The model_index.json of a folder or, fetched first, of a repository. `where`: see `download_pipeline`.
+
+    Raises ValueError for a folder or name that cannot hold a pipeline, OSError for what the Hub does not have.
+    """
+    if os.path.isdir(name_or_path):
+        file = Path(name_or_path) / (subfolder or "") / INDEX
+        if not file.is_file():
+            raise ValueError(f"the folder {str(file.parent)!r} holds no pipeline: it has no {INDEX}")
+        return file
+    repo_id = str(name_or_path)
+    if repo_id.count("/") > 1 or repo_id.startswith((".", "/", "~")):
+        raise ValueError(f"{repo_id!r} is neither a folder here nor a name of the form 'user/repository' on the Hub")
+    try:
+        return Path(hf_hub_download(repo_id, INDEX, subfolder=subfolder, revision=revision, **where))
+    except LocalEntryNotFoundError as error:  # before EntryNotFoundError, of which it is a kind
+        raise OSError(f"the Hub could not be asked for {repo_id!r}, and it is not in the cache") from error
+    except RevisionNotFoundError as error:
+        raise OSError(f"{repo_id!r} has no branch, tag or commit {revision!r}") from error
+    except RepositoryNotFoundError as error:
+        raise OSError(
+            f"{repo_id!r} is neither a folder here nor a repository on the Hub that you may read; log in with"
+            " `hf auth login` if it is private"
+        ) from error
+    except EntryNotFoundError as error:
+        where = f" in its folder {subfolder!r}" if subfolder else ""
+        raise OSError(f"the repository {repo_id!r} holds no pipeline{where}: it has no {INDEX}") from error
+
+
+def download_pipeline(name_or_path: str | os.PathLike, options: dict) -> Path:
+    """The local folder of a pipeline, fetched from the Hub if it is no folder, without any code.
+
+    Takes what says where to look out of `options`, the keyword arguments of a `from_pretrained` call: subfolder, revision,
+    token, cache_dir, local_files_only, force_download. Parts that `options` holds are not fetched.
+    """
+    where = {key: options.pop(key) for key in WHERE if key in options}
+    index_file = find_index(name_or_path, **where)
+    if os.path.isdir(name_or_path):
+        return index_file.parent
+    index = json.loads(index_file.read_text(encoding="utf-8"))
+    parts = [
+        name for name, entry in index.items() if isinstance(entry, list) and name[0] != "_" and name not in options
+    ]
+    subfolder = where.pop("subfolder", None)
+    prefix = f"{subfolder}/" if subfolder else ""
+    ignored = NOT_WEIGHTS if options.get("use_safetensors") is False else [*NOT_WEIGHTS, "*.bin"]
+    if options.get("variant") is None:
+        ignored = ignored + [f"{prefix}{part}/*.*.safetensors" for part in parts]  # the variants
+    commit = index_file.parents[prefix.count("/")].name  # so that a push in between cannot mix two versions
+    snapshot_download(
+        str(name_or_path),
+        allow_patterns=[f"{prefix}{part}/*" for part in parts],
+        ignore_patterns=ignored,
+        **{**where, "revision": commit},
+    )
+    return index_file.parent
+
+
+def load_pipeline(name_or_path: str | os.PathLike, trust_remote_code: bool = False, **kwargs) -> DiffusionPipeline:
+    """Load any pipeline: with this package's class if it has one of that name, else as diffusers does.
+
+    `kwargs` are those of `from_pretrained`. Only a pipeline that is foreign to the package needs `trust_remote_code`.
+    """
+    index_file = find_index(name_or_path, **{key: kwargs[key] for key in WHERE if key in kwargs})
+    own = package_class(index_class_name(json.loads(index_file.read_text(encoding="utf-8"))), DiffusionPipeline)
+    if own is not None:
+        return own.from_pretrained(name_or_path, **kwargs)
+    if kwargs.get("subfolder"):
+        raise ValueError(
+            f"{index_file.parent} holds a pipeline of another package, for which diffusers has no subfolder"
+        )
+    return DiffusionPipeline.from_pretrained(name_or_path, trust_remote_code=trust_remote_code, **kwargs)
+
+
+def describe_pipeline(name_or_path: str | os.PathLike, **where) -> dict:
+    """What a pipeline consists of, from its small files alone: no code is run and no weights are fetched.
+
+    Returns `class_name`, `index`, and `parts`: for each the `class_name`, the `config`, and the `parameters` of a model.
+    `where`: subfolder, revision, token, cache_dir, local_files_only.
+    """
+    index_file = find_index(name_or_path, **where)
+    index = json.loads(index_file.read_text(encoding="utf-8"))
+    subfolder = where.pop("subfolder", None)
+    prefix = f"{subfolder}/" if subfolder else ""
+    if os.path.isdir(name_or_path):
+        weights = {
+            str(f.relative_to(index_file.parent)): _header(f) for f in index_file.parent.glob("*/*.safetensors")
+        }
+    else:
+        where["revision"] = index_file.parents[prefix.count("/")].name
+        snapshot_download(str(name_or_path), allow_patterns=[f"{prefix}*/*config.json"], **where)
+        weights = _headers_on_the_hub(str(name_or_path), prefix, **where)
+    parts = {}
+    for name, entry in index.items():
+        if name.startswith("_") or not isinstance(entry, list) or len(entry) != 2 or entry[0] is None:
+            continue
+        configs = sorted((index_file.parent / name).glob("*config.json"))
+        shapes = [header for file, header in weights.items() if file.split("/")[0] == name and _is_plain(file)]
+        parts[name] = {
+            "class_name": entry[1],
+            "config": json.loads(configs[0].read_text(encoding="utf-8")) if configs else {},
+            "parameters": sum(shapes) if shapes else None,
+        }
+    return {"class_name": index_class_name(index), "index": index, "parts": parts}
+
+
+def _is_plain(file: str) -> bool:
+    return os.path.basename(file).count(".") == 1  # variants, such as fp16, repeat the same parameters
+
+
+def _header(file: Path) -> int:
+    """The number of parameters in a safetensors file, from its header."""
+    with open(file, "rb") as f:
+        header = json.loads(f.read(int.from_bytes(f.read(8), "little")))
+    return sum(math.prod(tensor["shape"]) for name, tensor in header.items() if name != "__metadata__")
+
+
+def _headers_on_the_hub(repo_id: str, prefix: str, revision: str, token: str | None = None, **where) -> dict[str, int]:
+    if where.get("local_files_only"):
+        return {}
+    api = HfApi(token=token)
+    counts = {}
+    for file in api.list_repo_files(repo_id, revision=revision):
+        if file.startswith(prefix) and file.endswith(".safetensors"):
+            metadata = api.parse_safetensors_file_metadata(repo_id, file, revision=revision)
+            counts[file[len(prefix) :]] = sum(metadata.parameter_count.values())
+    return counts

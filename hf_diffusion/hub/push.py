@@ -1,0 +1,206 @@
+"""Pushing files to the Hub: one commit with its parent checked, retried as a whole, compared afterwards, and tagged.
+
+What can go wrong on the way, and why a push is built like this, was tried against a Hub on loopback. `upload_folder` commits in
+parts, so that a failure leaves half a push; a commit whose answer got lost has happened all the same; requests have no timeouts.
+"""
+
+import hashlib
+import logging
+import random
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token, hf_hub_url
+from huggingface_hub.errors import LocalTokenNotFoundError
+from huggingface_hub.hf_api import ModelInfo, RepoFile
+from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
+
+from hf_diffusion.hub.card_merge import merge_cards
+from hf_diffusion.hub.errors import (
+    ChecksumMismatch,
+    PushError,
+    bounded_requests,
+    brief,
+    in_one_sentence,
+    is_transient,
+    retry_after,
+)
+from hf_diffusion.hub.files import is_stale
+
+
+logger = logging.getLogger(__name__)
+CARD = "README.md"
+
+
+@dataclass(frozen=True)
+class Patience:
+    """How long a push is tried again, in seconds; the waits double from the first to the longest."""
+
+    deadline: float = 900.0
+    first_wait: float = 1.0
+    longest_wait: float = 60.0
+
+
+PATIENCE = Patience()
+
+
+@dataclass(frozen=True)
+class Pushed:
+    """Where a push arrived; `notes` are sentences that the user should read."""
+
+    repo_id: str
+    commit: str
+    url: str
+    notes: tuple[str, ...] = ()
+
+
+@dataclass
+class Push:
+    """What is to arrive in a model repository; `files` maps paths there to files here, which must not change any more."""
+
+    files: dict[str, Path]
+    repo_id: str
+    message: str = "Push with hf_diffusion"
+    tag: str | None = None
+    private: bool = True
+    _checksums: dict[str, tuple[str, str]] = field(default_factory=dict, repr=False)
+
+    def checksums(self, path: str) -> tuple[str, str]:
+        """The sha256 and git's object id of a file that is pushed, computed once."""
+        if path not in self._checksums:
+            self._checksums[path] = _checksums(self.files[path])
+        return self._checksums[path]
+
+
+def push(what: Push, api: HfApi | None = None, patience: Patience = PATIENCE) -> Pushed:
+    """Push until the Hub has exactly these files, or the deadline is over; raises PushError.
+
+    The card keeps what people wrote on the Hub outside its generated part; files of earlier pushes that this one does not have are
+    removed, others stay. The new commit appears whole or not at all, and never on top of a commit that was not read.
+    """
+    api = api or HfApi()
+    began, wait = time.monotonic(), patience.first_wait
+    while True:
+        try:
+            with bounded_requests():
+                return _attempt(what, api)
+        except Exception as error:
+            if not is_transient(error):
+                raise PushError(in_one_sentence(error, what.repo_id), final=True) from error
+            pause = max(wait * random.uniform(0.5, 1), retry_after(error))
+            if time.monotonic() - began + pause > patience.deadline:
+                raise PushError(
+                    f"the push to {what.repo_id} did not get through in {patience.deadline:.0f} s: {brief(error)}",
+                    final=False,
+                ) from error
+            logger.info("the push to %s is tried again in %.1f s: %s", what.repo_id, pause, brief(error))
+            time.sleep(pause)
+            wait = min(2 * wait, patience.longest_wait)
+
+
+def check_write_access(repo_id: str, private: bool = True, api: HfApi | None = None) -> str:
+    """The full name of the repository, which is created if it does not exist; PushError where it may not be written to."""
+    api = api or HfApi()
+    try:
+        if not (api.token or get_token()):
+            raise LocalTokenNotFoundError
+        with bounded_requests():
+            repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+            api.auth_check(repo_id, write=True)
+    except Exception as error:
+        raise PushError(in_one_sentence(error, repo_id), final=not is_transient(error)) from error
+    return repo_id
+
+
+def _attempt(what: Push, api: HfApi) -> Pushed:
+    repo_id = api.create_repo(what.repo_id, private=what.private, exist_ok=True).repo_id
+    head = api.model_info(repo_id)
+    there = {
+        entry.path: entry
+        for entry in api.list_repo_tree(repo_id, recursive=True, revision=head.sha)
+        if isinstance(entry, RepoFile)
+    }
+    card = _merged_card(what, api, repo_id, head.sha, there.get(CARD)) if CARD in what.files else None
+    wanted = {path: _checksums(card) if path == CARD else what.checksums(path) for path in what.files}
+    operations = [
+        CommitOperationAdd(path, card if path == CARD else what.files[path])
+        for path, checksums in wanted.items()
+        if path not in there or not _is_same(there[path], checksums)
+    ]
+    operations += [CommitOperationDelete(path) for path in there if is_stale(path, what.files)]
+    commit = head.sha
+    if operations:  # there are none if an earlier attempt arrived and only its answer was lost
+        commit = api.create_commit(repo_id, operations, commit_message=what.message, parent_commit=head.sha).oid
+        _compare(api, repo_id, commit, wanted)
+    notes = [*_visibility_notes(what, head), *_set_tag(what, api, repo_id, commit)]
+    return Pushed(repo_id, commit, f"{api.endpoint}/{repo_id}", tuple(notes))
+
+
+def _merged_card(what: Push, api: HfApi, repo_id: str, head: str, there: RepoFile | None) -> bytes:
+    """The card to push, with what people wrote into the one that is there.
+
+    That there is none is learnt from the list of files, never from a failed download: an outage must not look like "no card yet".
+    """
+    mine = what.files[CARD].read_text(encoding="utf-8")
+    if there is None:
+        return merge_cards(
+            "", mine
+        ).encode()  # in the form that later merges have, so that pushing again changes nothing
+    url = hf_hub_url(repo_id, CARD, revision=head, endpoint=api.endpoint)
+    answer = get_session().get(url, headers=build_hf_headers(token=api.token), follow_redirects=True)
+    hf_raise_for_status(answer)
+    if not _is_same(there, _checksums(answer.content)):
+        raise ChecksumMismatch(f"{CARD} was damaged on its way from {repo_id}")
+    return merge_cards(answer.content.decode("utf-8"), mine).encode()
+
+
+def _checksums(content: Path | bytes) -> tuple[str, str]:
+    size = len(content) if isinstance(content, bytes) else content.stat().st_size
+    sha256, git = hashlib.sha256(), hashlib.sha1(b"blob %d\0" % size)
+    for block in [content] if isinstance(content, bytes) else _blocks(content):
+        sha256.update(block)
+        git.update(block)
+    return sha256.hexdigest(), git.hexdigest()
+
+
+def _blocks(path: Path) -> Iterator[bytes]:
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            yield block
+
+
+def _is_same(there: RepoFile, checksums: tuple[str, str]) -> bool:
+    sha256, git = checksums
+    return there.lfs.sha256 == sha256 if there.lfs else there.blob_id == git
+
+
+def _compare(api: HfApi, repo_id: str, commit: str, wanted: dict[str, tuple[str, str]]) -> None:
+    """ChecksumMismatch unless the commit has every file as it was sent: large ones are read while they travel, and any can be damaged."""
+    there = {entry.path: entry for entry in api.get_paths_info(repo_id, list(wanted), revision=commit)}
+    bad = [path for path, sums in wanted.items() if path not in there or not _is_same(there[path], sums)]
+    if bad:
+        raise ChecksumMismatch(f"{', '.join(bad)} in {repo_id} differ from what was sent")
+
+
+def _visibility_notes(what: Push, head: ModelInfo) -> list[str]:
+    """A repository keeps the visibility that it was created with, which may not be the one that was asked for."""
+    if what.private and not head.private:
+        return [f"{head.id} was there already and is public: everybody can see this push"]
+    if not what.private and head.private:
+        return [f"{head.id} was there already and stays private; change that in its settings on the Hub"]
+    return []
+
+
+def _set_tag(what: Push, api: HfApi, repo_id: str, commit: str) -> list[str]:
+    """Tag the commit; a tag that marks another commit stays there, since somebody may have pinned it."""
+    if what.tag is None:
+        return []
+    marked = {ref.name: ref.target_commit for ref in api.list_repo_refs(repo_id).tags}
+    if what.tag not in marked:
+        api.create_tag(repo_id, tag=what.tag, revision=commit)
+        return []
+    if marked[what.tag] == commit:
+        return []
+    return [f"the tag {what.tag} marks the earlier commit {marked[what.tag][:12]} and was not moved to {commit[:12]}"]
