@@ -12,7 +12,7 @@ from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from torch.utils.data import DataLoader, TensorDataset
 
-from hf_diffusion.data import ImageData, load_images
+from hf_diffusion.data.images import ImageData, load_images
 from hf_diffusion.models.unet_adm import ADMUNet2DModel
 from hf_diffusion.trainer import Trainer
 from hf_diffusion.training.train_ddpm import DDPMConfig, build_loss, build_scheduler
