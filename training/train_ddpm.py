@@ -12,19 +12,26 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
+from accelerate import Accelerator
 from PIL import Image
-from torch import nn
+from torch import Tensor, nn
 
 from hf_diffusion.config.training import TrainingConfig, option, parse_config
 from hf_diffusion.data.images import ImageData
 from hf_diffusion.dry_run import dry_run
 from hf_diffusion.figures import labelled_grid
-from hf_diffusion.losses.gaussian import loss_weight, simple_loss
+from hf_diffusion.losses.gaussian import hybrid_loss, loss_weight, simple_loss, vlb_loss
 from hf_diffusion.models.unet_adm import ADMUNet2DModel
 from hf_diffusion.pipelines.pipeline_classifier_free_guidance import ClassifierFreeGuidancePipeline
+from hf_diffusion.randomness import Draw
 from hf_diffusion.run import load_training_data, one_sentence_errors, start_run, train_and_share
 from hf_diffusion.schedulers.scheduling_gaussian import DDIMEtaScheduler, GaussianScheduler, LinearDDPMScheduler
-from hf_diffusion.timestep_sampling import antithetic_timesteps, stratified_timesteps, uniform_timesteps
+from hf_diffusion.timestep_sampling import (
+    LossSecondMomentSampler,
+    antithetic_timesteps,
+    stratified_timesteps,
+    uniform_timesteps,
+)
 from hf_diffusion.trainer import Loss, Trainer
 
 
@@ -53,9 +60,17 @@ class DDPMConfig(TrainingConfig):
     ddpm_num_steps: int = option(1000, "timesteps of the process, T", at_least=1)
     rescale_betas_zero_snr: bool = option(False, "end the schedule in pure noise; needs v_prediction or sample")
     # The strata cover all noise levels in every batch, which takes noise out of the gradient at no cost.
-    timestep_sampling: Literal["uniform", "stratified", "antithetic"] = option(
+    # loss_second_moment visits the timesteps that contribute most to the variational bound, and is meant for objective vlb.
+    timestep_sampling: Literal["uniform", "stratified", "antithetic", "loss_second_moment"] = option(
         "stratified", "how a batch's timesteps are drawn"
     )
+    objective: Literal["simple", "hybrid", "vlb"] = option(
+        "simple", "simple: error of the prediction; vlb: variational bound; hybrid: simple + vlb_weight * vlb"
+    )
+    variance_type: Literal["fixed_small", "fixed_large", "learned", "learned_range"] = option(
+        "fixed_small", "variance of ancestral sampling; the learned ones need objective hybrid or vlb"
+    )
+    vlb_weight: float = option(0.001, "weight of the variational bound in objective hybrid", above=0)
     loss_weighting: Literal["uniform", "min_snr", "p2"] = option("uniform", "weight of the timesteps in the loss")
     min_snr_gamma: float = option(5.0, "cap on the signal-to-noise ratio of min_snr", above=0)
     p2_gamma: float = option(1.0, "exponent of p2", at_least=0)
@@ -84,6 +99,15 @@ class DDPMConfig(TrainingConfig):
 
     def validate(self) -> None:
         super().validate()
+        learned = self.variance_type.startswith("learned")
+        if learned and self.objective == "simple":
+            raise ValueError(
+                f"variance_type {self.variance_type} is trained by the variational bound only; give --objective hybrid or vlb"
+            )
+        if self.objective == "hybrid" and not learned:
+            raise ValueError(
+                f"objective hybrid trains a learned variance, got variance_type {self.variance_type}; give learned_range"
+            )
         if self.rescale_betas_zero_snr and self.prediction_type == "epsilon":
             raise ValueError(
                 "rescale_betas_zero_snr needs prediction_type v_prediction or sample: pure noise tells nothing of x_0"
@@ -102,6 +126,7 @@ def build_scheduler(config: DDPMConfig) -> LinearDDPMScheduler:
         beta_end=config.beta_end,
         beta_schedule=config.beta_schedule,
         prediction_type=config.prediction_type,
+        variance_type=config.variance_type,
         rescale_betas_zero_snr=config.rescale_betas_zero_snr,
         timestep_spacing="trailing",  # starts at the last timestep, as sampling from pure noise must
     )
@@ -119,7 +144,7 @@ def build_model(config: DDPMConfig, data: ImageData) -> ADMUNet2DModel:
     return ADMUNet2DModel(
         sample_size=data.size,
         in_channels=data.channels,
-        out_channels=data.channels,
+        out_channels=data.channels * (2 if config.variance_type.startswith("learned") else 1),
         model_channels=config.model_channels,
         channel_mult=channel_mult,
         num_res_blocks=config.num_res_blocks,
@@ -149,25 +174,52 @@ def levels_for(side: int) -> tuple[float, ...]:
     return (1, 2)
 
 
-def build_loss(config: DDPMConfig, scheduler: GaussianScheduler, null_class_id: int | None) -> Loss:
-    """The weighted mean squared error of the prediction at one random timestep an image."""
+def build_loss(
+    config: DDPMConfig, scheduler: GaussianScheduler, null_class_id: int | None, accelerator: Accelerator
+) -> Loss:
+    """The objective at one random timestep an image; the state of importance sampling joins the checkpoints."""
+    importance = None
+    if config.timestep_sampling == "loss_second_moment":
+        importance = LossSecondMomentSampler(config.ddpm_num_steps)
+        accelerator.register_for_checkpointing(importance)
 
-    def loss(model: nn.Module, batch: dict, draw) -> dict:
+    def loss(model: nn.Module, batch: dict, draw: Draw) -> dict:
         x_0 = batch["pixels"]  # (B, C, H, W)
-        t = draw.timesteps(SAMPLERS[config.timestep_sampling], config.ddpm_num_steps)
+        factor = 1.0
+        if importance is None:
+            t = draw.timesteps(SAMPLERS[config.timestep_sampling], config.ddpm_num_steps)
+        else:
+            t, factor = importance.sample(draw.uniform())
         noise = draw.normal(*x_0.shape[1:])
         x_t = scheduler.add_noise(x_0, noise, t)
         labels = batch["labels"] if config.class_conditional else None
         if null_class_id is not None:
             labels = torch.where(draw.uniform() < config.label_dropout, null_class_id, labels)
         output = model(x_t, t, labels).sample
-        weight = loss_weight(scheduler, t, config.loss_weighting, config.min_snr_gamma, config.p2_gamma, config.p2_k)
-        return {
-            "loss": weight * simple_loss(scheduler, output, x_0, x_t, noise, t),
-            "level": t / config.ddpm_num_steps,
-        }
+        losses = objective(config, scheduler, output, x_0, x_t, noise, t)  # (B,)
+        if importance is not None:  # all processes keep the same history
+            importance.update(accelerator.gather(t), accelerator.gather(losses.detach()))
+        return {"loss": (losses * factor).float(), "level": t / config.ddpm_num_steps}
 
     return loss
+
+
+def objective(
+    config: DDPMConfig,
+    scheduler: GaussianScheduler,
+    output: Tensor,
+    x_0: Tensor,
+    x_t: Tensor,
+    noise: Tensor,
+    t: Tensor,
+) -> Tensor:
+    """The loss of each image (B,) for the network's output at timesteps t."""
+    if config.objective == "vlb":
+        return vlb_loss(scheduler, output, x_0, x_t, t)
+    weight = loss_weight(scheduler, t, config.loss_weighting, config.min_snr_gamma, config.p2_gamma, config.p2_k)
+    if config.objective == "hybrid":
+        return hybrid_loss(scheduler, output, x_0, x_t, noise, t, config.vlb_weight, weight)
+    return weight * simple_loss(scheduler, output, x_0, x_t, noise, t)
 
 
 def build_pipeline(
@@ -210,7 +262,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             accelerator,
             model,
             data,
-            loss=build_loss(config, scheduler, model.null_class_id),
+            loss=build_loss(config, scheduler, model.null_class_id, accelerator),
             export=lambda averaged, folder: build_pipeline(config, averaged, scheduler, data).save_pretrained(folder),
             preview=lambda network: draw_grid(config, build_pipeline(config, network, scheduler, data)),
         )

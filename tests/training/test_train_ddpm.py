@@ -142,6 +142,15 @@ def test_an_interrupted_run_ends_with_the_very_weights_of_an_uninterrupted_one(
     assert [r["loss"] for r in metrics(tmp_path)][-1] == metrics(finished)[-1]["loss"]
 
 
+def test_the_history_of_importance_sampling_survives_an_interruption(tmp_path):
+    """Ten losses for each of two timesteps warm the sampler up after three steps of eight images."""
+    flags = ["--max_train_steps", "8", "--ddpm_num_steps", "2", "--timestep_sampling", "loss_second_moment"]
+    whole = run(tmp_path / "whole", *flags, "--checkpoints_total_limit", "9")
+    parted = run(tmp_path / "parted", *flags, "--checkpoints_total_limit", "9")
+    run(tmp_path / "parted", *flags, "--resume_from_checkpoint", "checkpoint-00000006")
+    assert_same_weights(weights(parted), weights(whole))
+
+
 def test_metrics_after_the_checkpoint_are_done_again_not_doubled(finished, tmp_path):
     folder = run(
         tmp_path, "--max_train_steps", "7", "--gradient_accumulation_steps", "2", "--checkpoints_total_limit", "9"
@@ -190,6 +199,17 @@ def test_old_checkpoints_are_dropped_beyond_the_limit(finished):
         ["--prediction_type", "sample", "--loss_weighting", "p2", "--timestep_sampling", "antithetic"],
         ["--prediction_type", "v_prediction", "--loss_weighting", "min_snr", "--rescale_betas_zero_snr"],
         ["--beta_schedule", "linear", "--lr_scheduler", "cosine", "--no-class_conditional", "--no-use_ema"],
+        ["--objective", "hybrid", "--variance_type", "learned_range", "--timestep_sampling", "loss_second_moment"],
+        [
+            "--objective",
+            "vlb",
+            "--variance_type",
+            "learned_range",
+            "--prediction_type",
+            "epsilon",
+            "--sampler",
+            "ddpm",
+        ],
         ["--mixed_precision", "bf16", "--gradient_checkpointing", "--label_dropout", "0", "--sampler", "ddpm"],
         ["--patch_size", "2", "--dropout", "0.1", "--random_flip", "--report_to", "tensorboard", "--channels_last"],
     ],
@@ -293,6 +313,8 @@ def test_the_script_ends_in_one_sentence_and_a_status(tmp_path, flags, status, m
         (["--dataset_name", "none"], 2, "give --dataset_name or --train_data_dir"),
         (["--rescale_betas_zero_snr", "--prediction_type", "epsilon"], 2, "needs prediction_type v_prediction"),
         (["--ddpm_num_steps", "5", "--ddpm_num_inference_steps", "50"], 2, "50 is more than ddpm_num_steps 5"),
+        (["--variance_type", "learned_range"], 2, "trained by the variational bound only"),
+        (["--objective", "hybrid"], 2, "hybrid trains a learned variance"),
         (["--channel_mult", "1,1,1,1,1,1"], 1, "sample_size"),
         (["--norm_num_groups", "3"], 1, "groups"),
         (["--label_column", "none"], 1, "class_conditional is set, but digits has no labels"),
