@@ -51,7 +51,7 @@ def draw_in_a_new_process(folder: Path, per_class: int) -> tuple[np.ndarray, np.
 
 
 def judge(images: np.ndarray, labels: np.ndarray) -> float:
-    """Share of the images that a classifier of real digits names as asked."""
+    """Share of the images (N, 8, 8) in [0, 255] that a classifier of real digits names as asked."""
     from sklearn.datasets import load_digits
     from sklearn.svm import SVC
 

@@ -17,6 +17,7 @@ from torch import nn
 from hf_diffusion.cli import main
 from hf_diffusion.model_card import write_model_card
 from tests.evaluation.conftest import tiny_pipeline
+from tests.launching import ENVIRONMENT, launcher
 
 
 @pytest.fixture(scope="module")
@@ -233,13 +234,12 @@ def test_two_processes_draw_the_same_samples_and_find_the_same_measures_as_one(f
     for processes in (1, 2):
         folder = tmp_path / str(processes)
         command = [
-            sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_machines", "1", "--mixed_precision", "no",
-            "--dynamo_backend", "no", "--num_processes", str(processes), "--main_process_port", "0", "-m", "hf_diffusion.cli",
+            *launcher(processes), "-m", "hf_diffusion.cli",
             "evaluate", folders / "classes", "--device", "cpu", "--features", folders / "judge.pt", "--metrics", "fd,kd,pr,bpd,inversion",
             "--num_images", "100", "--batch_size", "16", "--num_inference_steps", "3", "--eta", "1", "--bpd_steps", "3",
             "--model_images", "40", "--output_dir", folder, "--reference_cache", folder / "cache",
         ]  # fmt: skip
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+        environment = {**ENVIRONMENT, "PYTHONPATH": os.pathsep.join(sys.path)}
         done = subprocess.run(
             [str(word) for word in command], env=environment, capture_output=True, text=True, timeout=600
         )

@@ -5,7 +5,6 @@ import os
 import random
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -13,6 +12,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from hf_diffusion import ADMUNet2DModel
+from tests.launching import ENVIRONMENT, launcher
 from tests.training.test_train_ddpm import REPO, TINY, assert_same_weights, metrics, weights
 
 
@@ -20,15 +21,8 @@ pytestmark = pytest.mark.slow
 STEPS = ["--max_train_steps", "7"]
 
 
-# `accelerate launch --cpu --num_processes 2` starts one process only (accelerate 1.15); --multi_gpu on a machine told to use its CPU starts two.
-ENVIRONMENT = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-
-
 def command(output_dir: Path, *flags: str, processes: int) -> list[str]:
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--num_machines", "1", "--dynamo_backend", "no"]
-    launch += ["--mixed_precision", "no", "--num_cpu_threads_per_process", "1", "--num_processes", str(processes)]
-    launch += ["--multi_gpu", "--main_process_port", str(random.randint(20_000, 50_000))] if processes > 1 else []
-    return [*launch, "training/train_ddpm.py", *TINY, "--output_dir", str(output_dir), *flags]
+    return [*launcher(processes), "training/train_ddpm.py", *TINY, "--output_dir", str(output_dir), *flags]
 
 
 def launch(output_dir: Path, *flags: str, processes: int) -> str:
@@ -59,7 +53,10 @@ def test_two_processes_follow_the_loss_curve_and_weights_of_one_with_the_same_gl
     for a, b in zip(metrics(tmp_path), metrics(single), strict=True):
         assert a["loss"] == pytest.approx(b["loss"], rel=1e-4), (a, b)
         assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-3)
-    assert_same_weights(weights(tmp_path), weights(single), rtol=1e-3, atol=1e-4)
+    # Answers, not weights: the bias of the attention's keys has no effect, so Adam moves it by the sign of rounding errors.
+    x, labels = torch.randn(16, 1, 8, 8, generator=torch.Generator().manual_seed(0)), torch.arange(16) % 10
+    answers = [ADMUNet2DModel.from_pretrained(f / "unet")(x, 300, labels).sample for f in (tmp_path, single)]
+    torch.testing.assert_close(*answers, rtol=1e-3, atol=1e-3)
 
 
 def test_two_processes_resume_exactly(tmp_path):

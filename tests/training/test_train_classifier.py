@@ -2,10 +2,8 @@
 
 import json
 import os
-import random
 import signal
 import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +20,8 @@ from hf_diffusion import (
 )
 from hf_diffusion.randomness import Draw
 from hf_diffusion.training import train_classifier, train_ddpm
+from hf_diffusion.training.demo_digits import judge
+from tests.launching import ENVIRONMENT, launcher
 
 
 REPO = Path(__file__).resolve().parents[2]
@@ -191,11 +191,8 @@ def test_an_interrupted_run_ends_with_the_very_weights_of_an_uninterrupted_one(f
 
 @pytest.mark.slow
 def test_two_processes_train_the_classifier_that_one_trains(finished, tmp_path):
-    # --multi_gpu on a machine told to use its CPU: with --cpu, accelerate 1.15 starts one process only
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
-    command += ["--num_machines", "1", "--num_cpu_threads_per_process", "1", "--mixed_precision", "no"]
-    command += ["--dynamo_backend", "no", "--main_process_port", str(random.randint(20_000, 50_000))]
-    command += [
+    command = [
+        *launcher(2),
         "training/train_classifier.py",
         *TINY,
         "--output_dir",
@@ -203,7 +200,7 @@ def test_two_processes_train_the_classifier_that_one_trains(finished, tmp_path):
         "--train_batch_size",
         "4",
     ]
-    env = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPO)}
+    env = {**ENVIRONMENT, "PYTHONPATH": str(REPO)}
     done = subprocess.run(command, cwd=REPO, env=env, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout + done.stderr
     for of_two, of_one in zip(metrics(tmp_path / "two"), metrics(finished), strict=True):
@@ -227,15 +224,6 @@ def test_two_processes_train_the_classifier_that_one_trains(finished, tmp_path):
 def test_wrong_settings_end_in_one_sentence(tmp_path, flags, message):
     with pytest.raises(SystemExit, match=message):
         run(tmp_path / "out", *flags)
-
-
-def judge(images: np.ndarray, labels: np.ndarray) -> float:
-    """Share of the images (N, 8, 8, 1) in [0, 1] that a support vector classifier of real digits names as asked."""
-    from sklearn.datasets import load_digits
-    from sklearn.svm import SVC
-
-    real, digits = load_digits(return_X_y=True)
-    return float((SVC(gamma=0.001).fit(real, digits).predict(images.reshape(len(images), 64) * 16) == labels).mean())
 
 
 @pytest.mark.slow
@@ -263,6 +251,8 @@ def test_guidance_makes_an_unconditional_model_of_digits_draw_the_digits_asked_f
         for scale in (0.0, 2.0):
             generator = torch.Generator().manual_seed(0)
             options = {"guidance_scale": scale, "num_inference_steps": 25, "output_type": "np"}
-            accuracy[scheduler.__name__, scale] = judge(pipe(labels, generator=generator, **options).images, labels)
+            accuracy[scheduler.__name__, scale] = judge(
+                255 * pipe(labels, generator=generator, **options).images, labels
+            )
     for (name, scale), share in accuracy.items():
         assert share < 0.3 if scale == 0 else share > 0.7, (name, scale, accuracy)
