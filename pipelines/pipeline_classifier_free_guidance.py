@@ -4,10 +4,8 @@ Classifier-free guidance: Ho and Salimans 2022, arXiv:2207.12598. Guidance inter
 arXiv:2404.07724. Guidance rescale: Lin et al. 2023, arXiv:2305.08891. Shapes: B images, C channels, H x W pixels.
 """
 
-import difflib
 import inspect
 from collections.abc import Callable, Sequence
-from numbers import Integral
 
 import numpy as np
 import torch
@@ -76,29 +74,6 @@ class ClassifierFreeGuidancePipeline(SelfContainedMixin, DiffusionPipeline):
     def interrupt(self) -> bool:
         """Set `pipe._interrupt = True` in a callback to leave out the remaining steps."""
         return self._interrupt
-
-    def get_label_ids(self, class_labels: int | str | list[int | str] | Tensor) -> list[int]:
-        """Class numbers for numbers and names; raises ValueError for those that the model does not know."""
-        labels = class_labels.flatten().tolist() if isinstance(class_labels, (Tensor, np.ndarray)) else class_labels
-        return [self._label_id(label) for label in (labels if isinstance(labels, (list, tuple, range)) else [labels])]
-
-    def _label_id(self, label: int | str) -> int:
-        if not isinstance(label, str):
-            if not isinstance(label, Integral) or isinstance(label, bool) or not 0 <= label < self.num_classes:
-                raise ValueError(f"class label {label!r} is not a class; this model knows 0 to {self.num_classes - 1}")
-            return int(label)
-        names = self.id2label or {}
-        found = [i for i, name in names.items() if name == label]
-        if len(found) > 1:
-            raise ValueError(f"the class name {label!r} stands for the classes {found}; give the number instead")
-        if not found:
-            known = ", ".join(list(names.values())[:20]) + (", ..." if len(names) > 20 else "")
-            near = difflib.get_close_matches(label, names.values(), n=1, cutoff=0.5)
-            hint = f"did you mean {near[0]!r}? " if near else ""
-            raise ValueError(
-                f"unknown class name {label!r}; {hint}" + (f"known: {known}" if names else "it has numbers only")
-            )
-        return found[0]
 
     def check_inputs(
         self,

@@ -7,6 +7,7 @@ and keeps imported neighbours across loads, so a second repository would run wit
 file's text replaces the line that imports it, and what travels is one file.
 """
 
+import difflib
 import importlib
 import json
 import logging
@@ -15,7 +16,11 @@ import re
 import shutil
 import sys
 import uuid
+from numbers import Integral
 from pathlib import Path
+
+import numpy as np
+from torch import Tensor
 
 
 logger = logging.getLogger(__name__)
@@ -48,7 +53,10 @@ def _move_into(staging: Path, target: Path, index_name: str) -> None:
 
 
 class SelfContainedMixin:
-    """Saving with code and loading without trust, for a `DiffusionPipeline` that names this class before its base."""
+    """Saving with code, loading without trust, and labels by name, for a `DiffusionPipeline` that names this class before its base.
+
+    For the labels the pipeline has `num_classes` and `id2label`, the names of the classes by number, or None.
+    """
 
     def register_modules(self, **modules) -> None:
         super().register_modules(**modules)
@@ -133,3 +141,26 @@ class SelfContainedMixin:
             name_classes = importlib.import_module("hf_diffusion.hub.loading").name_package_classes
             name_classes(config[0] if isinstance(config, tuple) else config)
         return config
+
+    def get_label_ids(self, class_labels: int | str | list[int | str] | Tensor) -> list[int]:
+        """Class numbers for numbers and names; raises ValueError for those that the model does not know."""
+        labels = class_labels.flatten().tolist() if isinstance(class_labels, (Tensor, np.ndarray)) else class_labels
+        return [self._label_id(label) for label in (labels if isinstance(labels, (list, tuple, range)) else [labels])]
+
+    def _label_id(self, label: int | str) -> int:
+        if not isinstance(label, str):
+            if not isinstance(label, Integral) or isinstance(label, bool) or not 0 <= label < self.num_classes:
+                raise ValueError(f"class label {label!r} is not a class; this model knows 0 to {self.num_classes - 1}")
+            return int(label)
+        names = self.id2label or {}
+        found = [i for i, name in names.items() if name == label]
+        if len(found) > 1:
+            raise ValueError(f"the class name {label!r} stands for the classes {found}; give the number instead")
+        if not found:
+            known = ", ".join(list(names.values())[:20]) + (", ..." if len(names) > 20 else "")
+            near = difflib.get_close_matches(label, names.values(), n=1, cutoff=0.5)
+            hint = f"did you mean {near[0]!r}? " if near else ""
+            raise ValueError(
+                f"unknown class name {label!r}; {hint}" + (f"known: {known}" if names else "it has numbers only")
+            )
+        return found[0]
