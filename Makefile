@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
 
-.PHONY: demo test test-slow bench lint format clean
+.PHONY: demo test test-slow bench format clean
 
 demo: $(VENV)/.installed
 	$(RUN) training/demo_digits.py
