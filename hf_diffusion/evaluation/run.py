@@ -19,7 +19,14 @@ from hf_diffusion.evaluation.measures import Measure, check_metrics, measure_ima
 from hf_diffusion.evaluation.model_measures import measure_bits_per_dim, measure_inversion, proportional_labels
 from hf_diffusion.evaluation.reference import reference_statistics
 from hf_diffusion.evaluation.report import bound_figure, card_results, sweep_figure, table, write_metrics
-from hf_diffusion.evaluation.sampling import OPTIONS, check_call, draw, sample_images, sampling_protocol
+from hf_diffusion.evaluation.sampling import (
+    OPTIONS,
+    check_call,
+    draw,
+    drawing_network,
+    sample_images,
+    sampling_protocol,
+)
 from hf_diffusion.model_card import update_card_results
 
 
@@ -40,9 +47,9 @@ class EvaluationRun:
 
             self.pipeline = load_for_sampling(args)
             self.scheduler = self.pipeline.scheduler
-            size = self.pipeline.unet.config.sample_size
+            size = drawing_network(self.pipeline).config.sample_size
             height, width = (size, size) if isinstance(size, int) else size
-            channels = self.pipeline.unet.config.in_channels
+            channels = drawing_network(self.pipeline).config.in_channels
         self.data = load_reference_images(args, (height, width), channels)
         load = {"channels": channels, "size": (height, width), "device": args.device}
         features = (
@@ -62,7 +69,7 @@ class EvaluationRun:
         """The class of every image: as asked for, in turn; else as frequent as in the data, or all classes in turn."""
         from hf_diffusion.cli import UsageError
 
-        given, classes = self.args.class_labels, self.pipeline.unet.config.get("num_class_embeds")
+        given, classes = self.args.class_labels, drawing_network(self.pipeline).config.get("num_class_embeds")
         if classes is None and given not in (None, "none"):
             raise UsageError(f"--class_labels {given}: this pipeline has no classes; leave it out")
         if classes is None or given == "none":
@@ -98,7 +105,9 @@ class EvaluationRun:
         for setting in self.settings if self.of_samples else []:
             options = self.options_of(setting)
             check_call(self.pipeline, labels is not None, options)
-            trial = {**options, "num_inference_steps": min(2, options.get("num_inference_steps", 2))}
+            # a few steps show a mistake as well as a thousand; a GAN has few, and takes neither fewer nor more
+            few = {"num_inference_steps": min(2, options.get("num_inference_steps", 2))}
+            trial = {**options, **(few if hasattr(self.pipeline, "unet") else {})}
             seeds = range(self.args.seed, self.args.seed + (2 if labels is None else len(labels)))
             images = draw(self.pipeline, seeds, labels, **trial)
             network_features(self.network, images)

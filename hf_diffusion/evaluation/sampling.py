@@ -122,6 +122,11 @@ def draw(pipeline: DiffusionPipeline, seeds: Sequence[int], labels: Sequence[int
     return (images * 255).round().clip(0, 255).astype(np.uint8)
 
 
+def drawing_network(pipeline: DiffusionPipeline) -> torch.nn.Module:
+    """The network that draws the images, whose config tells their size and classes: a U-Net, or the generator of a GAN."""
+    return pipeline.unet if hasattr(pipeline, "unet") else pipeline.generator
+
+
 def check_call(pipeline: DiffusionPipeline, labelled: bool, options: dict[str, Any]) -> None:
     """ValueError for options that the pipeline's call does not take, and for pipelines that need more than noise and classes."""
     accepted = inspect.signature(pipeline.__call__).parameters

@@ -60,7 +60,7 @@ def our_steps(model: ADMUNet2DModel, data: ImageData, folder: str) -> Iterator[f
         timestep_sampling="uniform",
     )
     accelerator = Accelerator(cpu=True)
-    loss = build_loss(config, build_scheduler(config), model.null_class_id)
+    loss = build_loss(config, build_scheduler(config), model.null_class_id, accelerator)
     trainer = Trainer(config, accelerator, model, data, loss, export=lambda averaged, target: None)
     trainer._begin()  # the step alone has no public name: `train` runs to the end and exports
     trainer.progress.leave = False
