@@ -17,7 +17,7 @@ from hf_diffusion.lr_schedule import lr_factor
 from hf_diffusion.schedulers.scheduling_ddgan import DDGANScheduler
 
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.study
 T, WIDTH, BATCH, LATENT, STEPS, SAMPLES = 4, 128, 256, 4, 1500, 4000
 DEVIATION = 0.05
 ANGLES = torch.arange(8) * math.pi / 4

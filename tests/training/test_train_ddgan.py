@@ -463,7 +463,7 @@ def test_a_checkpoint_of_another_game_is_refused(finished):
 # --- quality ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
+@pytest.mark.study
 def test_digits_drawn_in_four_steps_are_those_that_were_asked_for(tmp_path):
     """The digits recipe; measured on one core: see DIGITS_ACCURACY."""
     from hf_diffusion.training.demo_digits import judge
