@@ -19,7 +19,10 @@ setup(
     )
     + [f"hf_diffusion.{name}" for name in BESIDE],
     package_dir={f"hf_diffusion.{name}": name for name in BESIDE},
-    package_data={"hf_diffusion.training": ["recipes/*.yaml"], "hf_diffusion.model_cards": ["template.md"]},
+    package_data={
+        "hf_diffusion.training": ["recipes/*.yaml", "accelerate_configs/*.yaml"],
+        "hf_diffusion.model_cards": ["template.md"],
+    },
     install_requires=[
         "torch>=2.11",
         "diffusers>=0.42.1",
@@ -31,8 +34,8 @@ setup(
         "numpy>=2.0",
         "psutil>=6.0",
         "pillow>=12.0",
-        "pyyaml>=6.0",
-        "tqdm>=4.66",
+        "pyyaml>=6.0.2",
+        "tqdm>=4.66.5",
         "jinja2>=3.1",
         "matplotlib>=3.10",
     ],
@@ -40,6 +43,7 @@ setup(
         "digits": ["scikit-learn>=1.7"],
         "tensorboard": ["tensorboard>=2.20"],
         "inception": ["torch-fidelity>=0.4"],
+        "energy": ["nvidia-ml-py>=12.560.30"],
         "test": ["pytest>=9.0", "ruff>=0.15", "scikit-learn>=1.7", "tensorboard>=2.20", "torchmetrics>=1.9"],
     },
     entry_points={"console_scripts": ["hf-diffusion=hf_diffusion.cli:main"]},

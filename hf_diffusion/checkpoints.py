@@ -3,55 +3,116 @@
 import hashlib
 import json
 import logging
+import os
 import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import torch
 from accelerate import Accelerator
+from accelerate.utils import DistributedType, broadcast_object_list
+from safetensors import SafetensorError
+
+from hf_diffusion.config.resuming import differences
 
 
 logger = logging.getLogger(__name__)
 MANIFEST = "manifest.json"
 NAME = re.compile(r"checkpoint-(\d+)")
+DATA_PARALLEL = "data parallel"  # every process holds everything; the files are the same for any number of processes
+SHARDED = {DistributedType.FSDP: "FSDP", DistributedType.DEEPSPEED: "DeepSpeed"}
 
 
 class BadCheckpoint(ValueError):
     """A checkpoint that is incomplete, damaged, or of another run."""
 
 
+class SaveFailed(OSError):
+    """A checkpoint that could not be written; those before it are as they were."""
+
+
 def save_checkpoint(accelerator: Accelerator, output_dir: Path, step: int, run: dict, limit: int | None) -> Path:
     """Write `checkpoint-<step>` on all processes together and drop the oldest beyond `limit`.
 
     The state goes to a hidden folder first, is described by a manifest with a checksum of every file, and is renamed at the end, so that a kill
-    at any moment leaves the former checkpoints as they were. `run` is what `load_checkpoint` compares.
+    at any moment leaves the former checkpoints as they were. `run` is what `check_same_run` compares. SaveFailed, on all processes, where one of
+    them cannot write.
     """
     target = output_dir / f"checkpoint-{step:08d}"
     staging = output_dir / f".{target.name}.partial"
+
+    def seal() -> None:
+        _seal(staging, {"step": step, **run})
+        if target.exists():  # of the same step, from before a resume
+            target.rename(output_dir / f".{target.name}.replaced")
+        staging.rename(target)
+        _drop_oldest(output_dir, limit)
+        _remove_leftovers(output_dir)
+
     if accelerator.is_main_process:
-        shutil.rmtree(staging, ignore_errors=True)
+        _remove_leftovers(output_dir)
     accelerator.wait_for_everyone()
-    try:
-        accelerator.save_state(str(staging), safe_serialization=True)
-        accelerator.wait_for_everyone()
-        if accelerator.is_main_process:
-            _seal(staging, {"step": step, **run})
-            shutil.rmtree(target, ignore_errors=True)  # of the same step, from before a resume
-            staging.rename(target)
-            _drop_oldest(output_dir, limit)
-    except OSError as error:
-        shutil.rmtree(staging, ignore_errors=True)
-        newest = latest_checkpoint(output_dir)
-        kept = f"the newest whole one is {newest}" if newest else "there is none yet"
-        raise OSError(
-            f"the checkpoint of step {step} could not be written to {output_dir} ({error}); {kept}"
-        ) from error
-    accelerator.wait_for_everyone()
+    _all_or_none(accelerator, staging, lambda: accelerator.save_state(str(staging), safe_serialization=True))
+    _all_or_none(accelerator, staging, seal if accelerator.is_main_process else lambda: None)
     return target
 
 
+def _all_or_none(accelerator: Accelerator, staging: Path, write: Callable[[], Any]) -> None:
+    """Call `write`; if a process cannot write, remove what is written and raise SaveFailed on all of them."""
+    reason = None
+    try:
+        write()
+    except (OSError, RuntimeError, SafetensorError) as error:
+        reason = write_failure(error)
+        if reason is None:
+            raise
+        problem = error
+    # A sharded state is written with collectives in between, at which the others wait: nothing can be agreed upon, the launcher ends them.
+    together = accelerator.num_processes > 1 and accelerator.distributed_type not in SHARDED
+    failed = reason is not None
+    if together:
+        failed = bool(accelerator.reduce(torch.tensor(float(failed), device=accelerator.device), "sum") > 0)
+    if not failed:
+        accelerator.wait_for_everyone()  # so that nobody goes on before all has been written
+        return
+    if accelerator.is_main_process:
+        shutil.rmtree(staging, ignore_errors=True)
+    free = shutil.disk_usage(staging.parent).free / 2**20
+    newest = latest_checkpoint(staging.parent)
+    raise SaveFailed(
+        f"the checkpoint {staging.name.removeprefix('.').removesuffix('.partial')} could not be written to {staging.parent}: "
+        f"{reason or 'another process could not write its part'} ({free:,.0f} MiB are free there); "
+        + (
+            f"the newest whole one, {newest.name}, is untouched: make room and "
+            if newest
+            else "there is none yet: make room and "
+        )
+        + "go on with --resume_from_checkpoint latest"
+    ) from (None if reason is None else problem)
+
+
+def write_failure(error: Exception) -> str | None:
+    """Why a file could not be written, in words; None for an exception that is about something else."""
+    text = str(error)
+    if isinstance(error, OSError):
+        return error.strerror or text
+    if isinstance(error, SafetensorError) and "I/O error" in text:
+        return text.split("I/O error: ")[-1]
+    # torch.save writes through C++ streams, which do not say why they fail
+    if isinstance(error, RuntimeError) and ("inline_container" in text or "iostream error" in text):
+        return "a file could not be written to its end"
+    return None
+
+
 def _seal(folder: Path, run: dict) -> None:
+    """Write the manifest, and make sure that all is on the disk before the folder gets its name."""
     files = {str(f.relative_to(folder)): _sha256(f) for f in sorted(folder.rglob("*")) if f.is_file()}
     (folder / MANIFEST).write_text(json.dumps({**run, "files": files}, indent=1, sort_keys=True))
+    for name in (*files, MANIFEST):
+        with (folder / name).open("rb") as file:
+            os.fsync(file.fileno())
 
 
 def _sha256(path: Path) -> str:
@@ -59,8 +120,21 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def engine(accelerator: Accelerator) -> str:
+    """What holds the state, and so what its files look like; only the same can read them."""
+    return SHARDED.get(accelerator.distributed_type, DATA_PARALLEL)
+
+
 def _drop_oldest(output_dir: Path, limit: int | None) -> None:
     for folder in list_checkpoints(output_dir)[: -limit if limit else 0]:
+        folder.rename(
+            output_dir / f".{folder.name}.dropped"
+        )  # a kill in the middle of a removal must not look like damage
+
+
+def _remove_leftovers(output_dir: Path) -> None:
+    """Remove what was dropped, replaced, or left half-written by a kill."""
+    for folder in output_dir.glob(".checkpoint-*"):
         shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -85,8 +159,9 @@ def read_manifest(folder: Path) -> dict:
     """The manifest of a checkpoint after comparing every file with it; BadCheckpoint says what is missing or damaged."""
     try:
         manifest = json.loads((folder / MANIFEST).read_text())
-        files = manifest["files"]
-    except (OSError, ValueError, KeyError):
+        files = dict(manifest["files"])
+        int(manifest["step"])
+    except (OSError, ValueError, KeyError, TypeError):
         raise BadCheckpoint(
             f"{folder} is no whole checkpoint of this package: its {MANIFEST} is missing or damaged"
         ) from None
@@ -105,7 +180,14 @@ def find_checkpoint(output_dir: Path, asked: str) -> Path | None:
     `hub` is the latest, too: the one of the Hub has been put beside the others by then.
     """
     if asked in ("latest", "hub"):
-        return latest_checkpoint(output_dir)
+        newest = latest_checkpoint(output_dir)
+        if newest is None and list_checkpoints(
+            output_dir
+        ):  # beginning anew would overwrite what a person may still save
+            raise BadCheckpoint(
+                f"every checkpoint in {output_dir} is damaged; begin anew by --overwrite_output_dir, or in a new output_dir"
+            )
+        return newest
     folder = Path(asked)
     if not folder.is_dir() and (Path(output_dir) / asked).is_dir():
         folder = Path(output_dir) / asked
@@ -118,16 +200,32 @@ def find_checkpoint(output_dir: Path, asked: str) -> Path | None:
     return folder
 
 
-def check_same_run(folder: Path, run: dict) -> int:
-    """The step of a checkpoint, after making sure that it belongs to this run; BadCheckpoint lists the settings that differ."""
-    manifest = read_manifest(folder)
-    differing = [
-        f"{name} was {manifest.get(name)!r} and is {value!r}"
-        for name, value in run.items()
-        if manifest.get(name) != value
-    ]
+def find_together(accelerator: Accelerator, output_dir: Path, asked: str) -> Path | None:
+    """`find_checkpoint` by the main process, for all: they must not choose differently, nor each read all files."""
+    answer: list = [None, None]
+    if accelerator.is_main_process:
+        try:
+            answer[0] = find_checkpoint(output_dir, asked)
+        except BadCheckpoint as error:
+            answer[1] = str(error)
+    folder, problem = broadcast_object_list(answer)
+    if problem is not None:
+        raise BadCheckpoint(problem)
+    if folder is not None and not (folder / MANIFEST).is_file():
+        raise BadCheckpoint(
+            f"process {accelerator.process_index} does not see {folder}; output_dir must be on a disk that all machines share"
+        )
+    return folder
+
+
+def check_same_run(folder: Path, run: dict) -> dict:
+    """The manifest of a checkpoint that `find_together` gave, if it belongs to this run; BadCheckpoint lists what differs."""
+    manifest = json.loads((folder / MANIFEST).read_text())
+    now = json.loads(json.dumps(run))  # what is compared has been through JSON, too
+    settings = differences(manifest.get("settings", {}), now.pop("settings", {}))
+    differing = differences({**dict.fromkeys(now), "engine": DATA_PARALLEL, **manifest}, now) + settings
     if differing:
         raise BadCheckpoint(
             f"{folder} belongs to another run: {'; '.join(differing)}; restore these settings or start in a new output_dir"
         )
-    return manifest["step"]
+    return manifest

@@ -26,6 +26,7 @@ class Draw:
     def __init__(self, seed: int, step: int, rows: slice, total: int, device: torch.device):
         self.generator = torch.Generator(device).manual_seed(derive_seed(seed, "step", step))
         self.rows, self.total, self.device = rows, total, device
+        self.t: Tensor | None = None  # the timesteps (rows,) drawn last, for messages
 
     def normal(self, *shape: int) -> Tensor:
         """Unit Gaussian noise of shape (rows, *shape)."""
@@ -38,7 +39,8 @@ class Draw:
     def timesteps(self, sampler: Callable[[Tensor, int], Tensor], num_timesteps: int) -> Tensor:
         """int64 (rows,) from a sampler of `timestep_sampling`, which sees the uniform numbers of the whole batch."""
         u = torch.rand(self.total, generator=self.generator, device=self.device)
-        return sampler(u, num_timesteps)[self.rows]
+        self.t = sampler(u, num_timesteps)[self.rows]
+        return self.t
 
 
 class BatchOrder:

@@ -3,11 +3,14 @@
 import json
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
 from torch import Tensor
 
 from hf_diffusion.figures import loss_curve
@@ -76,12 +79,21 @@ class MetricsLog:
         partial.write_text("".join(kept))
         os.replace(partial, self.path)
 
-    def write(self, step: int, values: dict[str, float]) -> None:
-        """Append one record and hand it to the trackers."""
+    def write(self, step: int, values: dict[str, float], protocol: dict[str, Any] | None = None) -> None:
+        """Append one record, with the protocol that its values were measured under, and hand the values to the trackers."""
         if self.accelerator.is_main_process:
+            record = {"step": step, **values} | ({} if protocol is None else {"protocol": protocol})
             with self.path.open("a") as file:
-                file.write(json.dumps({"step": step, **values}) + "\n")
+                file.write(json.dumps(record) + "\n")
         self.accelerator.log(values, step=step)
+
+    def has_evaluation(self, step: int) -> bool:
+        """Whether the file holds measures of this step; all processes ask, and get the answer of the main one."""
+        found = [False]
+        if self.accelerator.is_main_process and self.path.exists():
+            records = (json.loads(line) for line in self.path.read_text().splitlines())  # whole since _forget_after
+            found = [any(record["step"] == step and "protocol" in record for record in records)]
+        return broadcast_object_list(found)[0]
 
     def draw(self) -> None:
         """Draw the curve of the run anew."""
@@ -101,6 +113,13 @@ class Stopwatch:
         batch = next(iterator)
         self.waited += time.perf_counter() - begin
         return batch
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Leave out the time of what is not training."""
+        began = time.perf_counter()
+        yield
+        self.started += time.perf_counter() - began
 
     def report(self, images: int) -> dict[str, float]:
         """Images per second and the share of the time spent waiting for data; starts anew."""

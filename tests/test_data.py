@@ -2,6 +2,7 @@
 
 import io
 import itertools
+import json
 import os
 import subprocess
 import sys
@@ -13,6 +14,8 @@ os.environ.setdefault("HF_UPDATE_DOWNLOAD_COUNTS", "0")  # before datasets is im
 
 import datasets
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
@@ -632,6 +635,42 @@ def test_an_index_outside_of_the_set_is_refused(tmp_path):
     assert isinstance(data, ImageData)
     with pytest.raises(IndexError, match=r"index 2 is not in the data set 'set', which has 0\.\.1"):
         data.fetch([0, 2], 0)
+
+
+@pytest.mark.slow
+def test_a_stream_ten_times_larger_than_the_memory_it_may_take_trains_to_its_end(tmp_path):
+    """The buffer of 1000 encoded images and the headroom make the memory; the kernel refuses more (RLIMIT_DATA)."""
+    size, headroom = 12_500, 24 * 2**20  # bytes of an image, which is noise and cannot be compressed
+    count = 10 * (1000 * size + headroom) // size
+    path, rng = tmp_path / "noise.parquet", np.random.default_rng(0)
+    schema = datasets.Features(
+        {"image": datasets.Image(), "label": datasets.ClassLabel(names=["a", "b"])}
+    ).arrow_schema
+    with pq.ParquetWriter(path, schema, compression="none") as writer:
+        for start in range(0, count, 200):
+            rows = range(start, min(start + 200, count))
+            images = []
+            for pixels in rng.integers(0, 256, (len(rows), 64, 64, 3), np.uint8):
+                Image.fromarray(pixels).save(buffer := io.BytesIO(), "PNG", compress_level=0)
+                images.append({"bytes": buffer.getvalue(), "path": None})
+            writer.write_table(pa.table({"image": images, "label": [row % 2 for row in rows]}, schema=schema))
+    assert path.stat().st_size > 10 * (1000 * size + headroom) * 0.95
+    steps = count // 256
+    flags = f"--train_data_dir {path} --streaming --resolution 8 --train_batch_size 256 --max_train_steps {steps} --class_conditional"
+    flags += " --model_channels 8 --norm_num_groups 4 --num_head_channels 8 --channel_mult 1,2 --num_res_blocks 1 --sample_steps none"
+    flags += f" --logging_steps 10 --ddpm_num_inference_steps 1 --num_sample_images 2 --output_dir {tmp_path / 'run'}"
+    command = [sys.executable, "tests/training/altered_ddpm.py", "limited", *flags.split()]
+    environment = {**os.environ, "HEADROOM": str(headroom), "DATA": str(count * size), "MALLOC_ARENA_MAX": "2"}
+    done = subprocess.run(
+        command, cwd=Path(__file__).parents[1], env=environment, capture_output=True, text=True, timeout=400
+    )
+    assert done.returncode == 0, done.stderr
+    assert "the limit holds" in done.stdout and f"trained {steps} steps" in done.stdout
+    records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert all(0 < record["data_wait"] < 1 for record in records) and "data_wait=" in done.stderr
+    # without the first record, in which the buffer is filled, and the last, in which datasets waits for the readers of a file at its end
+    speed = [record["images_per_second"] for record in records[1:-1]]
+    assert min(speed[len(speed) // 2 :]) > 0.5 * np.median(speed[: len(speed) // 2]), speed  # as fast at the end
 
 
 @pytest.mark.slow

@@ -31,11 +31,15 @@ def option(
     at_least: float | None = None,
     below: float | None = None,
     at_most: float | None = None,
+    tied: bool = True,
 ) -> Any:
-    """One field of a configuration with its help text and its range; `group` opens a section of --help that lasts to the next."""
+    """One field of a configuration with its help text and its range.
+
+    `group` opens a section of --help that lasts to the next; `tied` False lets a resumed run change a setting of the method (see `resuming`).
+    """
     bounds = {"above": above, "at least": at_least, "below": below, "at most": at_most}
     bounds = {word: bound for word, bound in bounds.items() if bound is not None}
-    return dataclasses.field(default=default, metadata={"help": help, "group": group, "bounds": bounds})
+    return dataclasses.field(default=default, metadata={"help": help, "group": group, "bounds": bounds, "tied": tied})
 
 
 def parse_config(cls: type[Config], argv: Sequence[str] | None = None, *, prog: str | None = None) -> Config:
@@ -196,10 +200,11 @@ def _parser(cls: type, prog: str | None) -> argparse.ArgumentParser:
     parser.add_argument(
         "--config", action="append", metavar="FILE", help="YAML file of settings; may be repeated, later ones win"
     )
-    group, hints = parser, get_type_hints(cls)
+    group, groups, hints = parser, {}, get_type_hints(cls)
     for field in dataclasses.fields(cls):
         if field.metadata.get("group"):
-            group = parser.add_argument_group(field.metadata["group"])
+            title = field.metadata["group"]  # a subclass may go on with a group of its base
+            group = groups[title] = groups.get(title) or parser.add_argument_group(title)
         words = [_in_words(field.metadata["bounds"])] if field.metadata.get("bounds") else []
         words += ["required" if field.default is dataclasses.MISSING else f"default: {_shown(field.default)}"]
         help = f"{field.metadata.get('help', '')} ({'; '.join(words)})".replace("%", "%%")

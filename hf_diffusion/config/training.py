@@ -51,7 +51,7 @@ class TrainingConfig:
     resolution: int | tuple[int, int] | None = option(
         None, "size of the images, 32 or HEIGHTxWIDTH; none keeps the size of the data", at_least=1
     )
-    channels: int | None = option(None, "channels of the images, 1 or 3; none keeps those of the data", at_least=1)
+    channels: Literal[1, 3, 4] | None = option(None, "channels of the images; none keeps those of the data")
     center_crop: bool = option(True, "crop the middle after resizing the shorter side, instead of a crop at random")
     # Off, since mirrored digits, letters and medical images are wrong images; recipes for photographs turn it on.
     random_flip: bool = option(False, "mirror half of the images, chosen anew in each epoch")
@@ -141,6 +141,15 @@ class TrainingConfig:
         1000, "draw a grid of samples after so many optimizer steps; none draws none", at_least=1
     )
     num_sample_images: int = option(64, "images in such a grid", at_least=1)
+    # What is measured is a setting of the script: a loss on held-out images, distances of samples to real ones.
+    eval_steps: int | None = option(
+        1000,
+        "measure after so many optimizer steps, where there is something to measure; none only at the end",
+        at_least=1,
+    )
+    best_metric: str | None = option(
+        None, "keep the model with the best value of this measure, by its name in metrics.jsonl, in output_dir/best"
+    )
     checkpointing_steps: int = option(1000, "write a checkpoint after so many optimizer steps", at_least=1)
     # Two: a full disk ends a run, and the one before the newest is there when the newest proves unusable.
     checkpoints_total_limit: int | None = option(
@@ -160,6 +169,9 @@ class TrainingConfig:
     )
     # Private, since publishing cannot be undone, and samples may show more of the training data than one thinks.
     hub_public: bool = option(False, "let everybody see a repository that this run creates")
+    hub_license: str | None = option(
+        None, "licence of the weights, for the card: an id of the Hub such as mit or cc-by-4.0; none states none"
+    )
 
     def validate(self) -> None:
         """ValueError, in one sentence, at the first setting that is out of range or contradicts another."""
@@ -220,3 +232,30 @@ class TrainingConfig:
     def global_batch(self, processes: int) -> int:
         """Images of one optimizer step over all processes and micro steps."""
         return self.train_batch_size * self.gradient_accumulation_steps * processes
+
+
+@dataclass(kw_only=True)
+class GenerativeTrainingConfig(TrainingConfig):
+    """What trainings of models that draw images share beyond that: how their samples are measured while they train."""
+
+    # Nothing by default: drawing a thousand images costs as much as hundreds of optimizer steps.
+    eval_metrics: tuple[Literal["fd", "kd", "pr", "label_accuracy"], ...] = option(
+        (),
+        "measures of samples at every eval_steps: Frechet and kernel distance, precision and recall, label accuracy",
+        group="evaluation",
+    )
+    # A distance needs more images than the features have dimensions, and its value holds for this number only.
+    eval_num_images: int = option(1000, "images drawn for eval_metrics, by all processes together", at_least=1)
+    eval_features: str = option(
+        "pixels",
+        "network that images are compared in: pixels, inception, trained (a small classifier of the data), or a file, as in hf-diffusion evaluate",
+    )
+    eval_batch_size: int = option(64, "images that a process draws or measures at a time", at_least=1)
+
+    def validate(self) -> None:
+        super().validate()
+        if self.eval_metrics and self.streaming:
+            raise ValueError(
+                "eval_metrics compare with all training images, which a stream does not hold; leave one of the two out, and "
+                "measure the saved pipeline by hf-diffusion evaluate"
+            )

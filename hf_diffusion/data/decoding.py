@@ -27,6 +27,10 @@ class CorruptImage(Exception):
     """One image cannot be decoded; the set as a whole may still be fine."""
 
 
+class BadData(ValueError):
+    """The set cannot be used; raised in one sentence, also in the middle of a run."""
+
+
 @dataclass(frozen=True)
 class ImageTransform:
     """What every image of a set becomes: (C, H, W) pixels of 8 or 16 bits, resized and cropped or as they are."""
@@ -126,7 +130,7 @@ def image_name(row: dict[str, Any] | None, index: int) -> str:
 def native_format(image: Image.Image, name: str) -> tuple[int, int]:
     """Return the channels (1, 3 or 4) and bits (8 or 16) that keep what the image holds."""
     if image.mode == "F":
-        raise ValueError(f"{name} has floating-point pixels of unknown range; store images with 8 or 16 bits")
+        raise BadData(f"{name} has floating-point pixels of unknown range; store images with 8 or 16 bits")
     if image.mode.startswith("I"):
         return 1, 16
     if image.mode in ("1", "L"):
@@ -148,14 +152,14 @@ def to_pixels(
     """Return (C, H, W) uint8 or uint16 pixels; `crop` in [0, 1] is the place of the crop along x and y.
 
     Grey becomes colour by repetition, colour grey by ITU-R 601 luma; alpha is dropped unless C = 4 (255 where absent).
-    ValueError if the image has another size and the transform does not resize.
+    BadData if the image has another size and the transform does not resize.
     """
     height, width = transform.size
     wide = native_format(image, name)[1] == 16
     if wide:
         values = np.asarray(image).astype(np.float32)
         if values.min() < 0 or values.max() > 65535:
-            raise ValueError(f"{name} has 32-bit pixels outside 0..65535; store images with 8 or 16 bits")
+            raise BadData(f"{name} has 32-bit pixels outside 0..65535; store images with 8 or 16 bits")
         image = Image.fromarray(values)  # Pillow resizes 32-bit floats with antialiasing, 16-bit modes not reliably
     elif image.mode != PIL_MODES[transform.channels]:
         try:
@@ -165,7 +169,7 @@ def to_pixels(
             raise CorruptImage(str(error)) from error
     if image.size != (width, height):
         if not transform.resize:
-            raise ValueError(
+            raise BadData(
                 f"{name} is {image.height}x{image.width} (HxW) while the set began with {height}x{width}; "
                 "pass --resolution to bring all images to one size"
             )
@@ -197,10 +201,10 @@ def from_network_range(images: torch.Tensor) -> torch.Tensor:
     return ((images.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
 
 
-def too_many_bad(bad: dict[int, str], limit: int) -> ValueError:
+def too_many_bad(bad: dict[int, str], limit: int) -> BadData:
     """Return the error for more than `limit` corrupt images, naming the first few."""
     named = "; ".join(list(bad.values())[:5])
-    return ValueError(f"more than max_bad_images={limit} images cannot be decoded: {named}; repair or remove them")
+    return BadData(f"more than max_bad_images={limit} images cannot be decoded: {named}; repair or remove them")
 
 
 def choose_transform(
@@ -209,13 +213,13 @@ def choose_transform(
     channels: int | None,
     center_crop: bool,
     max_bad_images: int,
-) -> tuple[ImageTransform, dict[int, str], str | None]:
-    """Choose channels, bits and size from the first rows; return the transform, the corrupt rows met and a remark.
+) -> tuple[ImageTransform, dict[int, str], list[str]]:
+    """Choose channels, bits and size from the first rows; return the transform, the corrupt rows met and remarks.
 
     Reads PROBED_IMAGES rows, and more only while none of them could be decoded. Where channels or bits are mixed the
     most general wins. ValueError if sizes differ and no resolution is given, or if nothing can be decoded.
     """
-    sizes, formats, modes, bad = {}, [], set(), {}
+    sizes, formats, modes, bad, animated = {}, [], set(), {}, None
     for count, (index, row) in enumerate(rows):
         if count >= PROBED_IMAGES and sizes:
             break
@@ -229,6 +233,8 @@ def choose_transform(
         formats.append(native_format(image, image_name(row, index)))
         sizes.setdefault((image.height, image.width), image_name(row, index))
         modes.add(image.mode)
+        if (frames := getattr(image, "n_frames", 1)) > 1:
+            animated = animated or f"of {image_name(row, index)} only the first of its {frames} frames is used"
     if not sizes:
         raise ValueError(f"no image can be decoded: {'; '.join(list(bad.values())[:5]) or 'the data set is empty'}")
     if resolution is None and len(sizes) > 1:
@@ -240,10 +246,10 @@ def choose_transform(
     chosen = channels or max(found for found, _ in formats)
     bits = max(bits for _, bits in formats)
     transform = ImageTransform(chosen, resolution or next(iter(sizes)), bits, resolution is not None, center_crop)
-    remark = None
+    remarks = [animated] if animated else []
     if any((found, depth) != (chosen, bits) for found, depth in formats):
-        remark = f"images of modes {sorted(modes)} are brought to {chosen} channels of {bits} bits"
-    return transform, bad, remark
+        remarks.append(f"images of modes {sorted(modes)} are brought to {chosen} channels of {bits} bits")
+    return transform, bad, remarks
 
 
 class RowDecoder:

@@ -22,6 +22,7 @@ from torch import Tensor
 from hf_diffusion.data.decoding import (
     PIL_MODES,
     PROBED_IMAGES,
+    BadData,
     CorruptImage,
     Decoded,
     ImageTransform,
@@ -143,7 +144,7 @@ class ImageData:
     def _assemble(self, pairs: list, request: list, decoded: Decoded) -> dict[str, Tensor]:
         self.record(decoded.bad)
         if decoded.error:
-            raise ValueError(decoded.error)
+            raise BadData(decoded.error)
         epochs, indices = np.array(pairs, np.int64).reshape(-1, 2).T
         pixels, sources = decoded.pixels, decoded.sources
         if self._cache is not None:
@@ -282,10 +283,10 @@ def load_images(
     if max_train_samples is not None:
         dataset, labels = _limited(dataset, labels, max_train_samples)
     rows = _probe_order(dataset, image_column)
-    transform, bad, remark = choose_transform(rows, resolution, channels, center_crop, max_bad_images)
-    remarks = [text for text in (source.remark, remark) if text]
-    for text in remarks:
-        logger.info("%s: %s", source.name, text)
+    transform, bad, found = choose_transform(rows, resolution, channels, center_crop, max_bad_images)
+    remarks = [text for text in (source.remark, *found) if text]
+    for text in found:
+        logger.warning("%s: %s", source.name, text)
     common = {
         "name": source.name,
         "image_column": image_column,

@@ -10,7 +10,10 @@ from typing import Any, NamedTuple
 
 import datasets
 import numpy as np
+import pyarrow.dataset
 from PIL import Image
+
+from hf_diffusion.data.decoding import BadData
 
 
 SPLIT_FOLDERS = {"train", "training", "validation", "valid", "val", "dev", "test", "testing", "eval"}
@@ -71,7 +74,7 @@ def _one_sentence(name: str) -> Iterator[None]:
             f"the Hub cannot be reached for data set {name!r} and the cache does not hold it; connect to the network, "
             "pass train_data_dir for local images, or use dataset_name 'digits'"
         ) from error
-    except (datasets.exceptions.DatasetsError, OSError, ValueError, RuntimeError) as error:
+    except (datasets.exceptions.DatasetsError, OSError, ValueError, RuntimeError, zipfile.BadZipFile) as error:
         if isinstance(error, ValueError) and str(error).startswith(("train_data_dir ", "split ")):
             raise
         reason = " ".join(str(error.__cause__ or error).split())
@@ -106,11 +109,16 @@ def _open_local(path: Path, options: dict[str, Any]) -> AnyDataset:
     if path.is_dir():
         return _open_folder(path, base, options)
     if path.is_file() and path.suffix.lower() == ".parquet":
-        return datasets.load_dataset("parquet", data_files={base: str(path)}, **options)
+        return datasets.load_dataset("parquet", data_files={base: str(path)}, **options, **_reading_parquet())
     if path.is_file() and path.suffix.lower() == ".zip":
         return _open_zip(path, options)
     found = "does not exist" if not path.exists() else "is neither a folder nor a .parquet or .zip file"
     raise ValueError(f"train_data_dir {str(path)!r} {found}; pass a folder of images, a .parquet or a .zip file")
+
+
+def _reading_parquet() -> dict[str, Any]:
+    """Beware: Arrow reads ahead by default and drops nothing of it before a file's end, so that memory grows to the file's size."""
+    return {"fragment_scan_options": pyarrow.dataset.ParquetFragmentScanOptions(pre_buffer=False)}
 
 
 def _open_folder(path: Path, base: str, options: dict[str, Any]) -> AnyDataset:
@@ -123,7 +131,7 @@ def _open_folder(path: Path, base: str, options: dict[str, Any]) -> AnyDataset:
             "in one sub-folder for each class if there are classes"
         )
     if first.suffix.lower() == ".parquet":
-        return datasets.load_dataset(str(path), **options)
+        return datasets.load_dataset(str(path), **options, **_reading_parquet())
     folders = {entry.name for entry in path.iterdir() if entry.is_dir() and not entry.name.startswith(".")}
     if base in folders and folders <= SPLIT_FOLDERS:
         path = path / base
@@ -269,7 +277,7 @@ _UNLABELLED = "label every row, choose another --label_column, or pass --label_c
 def check_label(label: Any, names: list[str], column: str, where: str) -> int:
     """Return the class id if it is one of 0..n-1; ValueError names the row otherwise."""
     if not isinstance(label, (int, np.integer)) or not 0 <= label < len(names):
-        raise ValueError(
+        raise BadData(
             f"{where} has label {label} in column {column!r}, allowed are 0..{len(names) - 1}; {_UNLABELLED}"
         )
     return int(label)

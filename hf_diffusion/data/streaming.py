@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from hf_diffusion.data.decoding import (
+    BadData,
     CorruptImage,
     ImageTransform,
     draws,
@@ -181,7 +182,7 @@ class StreamingImageData:
                 if place >= skip:
                     yield epoch, place, row
             if place < 0:
-                raise ValueError(f"the data set {self.name!r} is empty; check its split")
+                raise BadData(f"the data set {self.name!r} is empty; check its split")
             self.epoch_length = place + 1
             epoch, skip = epoch + 1, max(0, skip - self.epoch_length)
 
