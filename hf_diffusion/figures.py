@@ -64,8 +64,9 @@ def labelled_grid(
 def loss_curve(metrics_jsonl: str | os.PathLike, out_png: str | os.PathLike) -> Path | None:
     """Draw loss, loss by quarter of the timesteps, and learning rate over the optimizer steps; the path, or None without a loss.
 
-    Reads one JSON object a line, with `step` and whichever of loss, loss_q0 (least noise) to loss_q3 (most noise) and lr there
-    are. Lines cut off by a crash and values that are not finite are left out; where a resumed run went back, its steps count.
+    Reads one JSON object a line, with `step` and whichever of loss, loss_q0 (least noise) to loss_q3 (most noise), lr, and the same on
+    held-out images, eval_loss to eval_loss_q3, there are. Lines cut off by a crash and values that are not finite are left out; where a
+    resumed run went back, its steps count.
     """
     from matplotlib.figure import Figure  # here, since it takes a second and most uses of this file are grids
 
@@ -75,11 +76,12 @@ def loss_curve(metrics_jsonl: str | os.PathLike, out_png: str | os.PathLike) -> 
         return None
     rate_step, rate = _series(records, "lr")
     quarters = [_series(records, f"loss_q{quarter}") for quarter in range(4)]
+    held_out = [_series(records, f"eval_loss{part}") for part in ("", *(f"_q{quarter}" for quarter in range(4)))]
     with_rate, with_quarters = len(rate) > 0, any(len(values) for _, values in quarters)
 
     figure = Figure(figsize=(8, 5.2 if with_rate else 4.2), dpi=160, layout="constrained")
     panels = figure.subplots(1 + with_rate, 1, sharex=True, squeeze=False, height_ratios=[4, 1][: 1 + with_rate])[:, 0]
-    everything = np.concatenate([loss, *(values for _, values in quarters)])
+    everything = np.concatenate([loss, *(values for _, values in [*quarters, *held_out])])
     _dress(panels[0], "loss", logarithmic=everything.min() > 0 and everything.max() > 3 * everything.min())
     # Viridis in order of noise: an ordered quantity in an ordered palette that colour-blind readers can tell apart.
     for (steps, values), colour, name in zip(quarters, QUARTER_COLOURS, QUARTER_NAMES):
@@ -88,6 +90,11 @@ def loss_curve(metrics_jsonl: str | os.PathLike, out_png: str | os.PathLike) -> 
     marker = "o" if len(loss) == 1 else None  # a line of one point is invisible
     panels[0].plot(step, loss, color="0.72", linewidth=0.6, zorder=1, marker=marker, label="all, as logged")
     panels[0].plot(step, _smooth(loss), color="black", linewidth=2.0, label="all, smoothed")
+    for (steps, values), colour in zip(held_out, ["black", *QUARTER_COLOURS]):
+        if len(values):  # the quarters need no words of their own: they have the colours of the training's
+            label = "held-out images" if colour == "black" else None
+            style = {"linestyle": "--", "linewidth": 1.2, "marker": "o", "markersize": 3.5}
+            panels[0].plot(steps, values, color=colour, label=label, **style)
     panels[0].legend(
         title="loss at timesteps" if with_quarters else None,
         frameon=False,
@@ -174,8 +181,10 @@ def _read_metrics(path: str | os.PathLike) -> list[dict]:
             continue
         if not isinstance(record, dict) or not isinstance(record.get("step"), int | float):
             continue
-        while records and records[-1]["step"] >= record["step"]:
+        while records and records[-1]["step"] > record["step"]:
             records.pop()
+        if records and records[-1]["step"] == record["step"]:  # the training's and the evaluation's
+            record = records.pop() | record
         records.append(record)
     return records
 

@@ -131,6 +131,23 @@ def test_steps_that_a_resumed_run_repeated_count_once_with_their_last_values(tmp
     assert steps.tolist() == [100, 200, 250, 350] and losses.tolist() == [1.0, 1.0, 2.0, 2.0]
 
 
+def test_what_was_measured_at_a_step_stands_beside_the_training_loss_of_that_step(tmp_path):
+    records = [
+        {"step": 100, "loss": 1.0},
+        {"step": 100, "eval_loss": 2.0, "protocol": {"count": 3}},
+        {"step": 200, "loss": 0.5},
+    ]
+    read = figures._read_metrics(write_metrics(tmp_path, records))
+    assert [r["step"] for r in read] == [100, 200] and (read[0]["loss"], read[0]["eval_loss"]) == (1.0, 2.0)
+    quarters = {f"eval_loss_q{quarter}": 1.0 + quarter for quarter in range(4)}
+    drawn = []
+    for extra in ({}, {"eval_loss": 2.0}, {"eval_loss": 2.0, **quarters}):
+        path = write_metrics(tmp_path, [{"step": step, "loss": 1.0 / step, **extra} for step in (1, 2, 3)])
+        with Image.open(loss_curve(path, tmp_path / "loss.png")) as picture:
+            drawn.append(np.asarray(picture.convert("RGB")).copy())
+    assert (drawn[0].shape != drawn[1].shape or (drawn[0] != drawn[1]).any()) and (drawn[1] != drawn[2]).any()
+
+
 def test_smoothing_keeps_straight_lines_and_takes_out_noise():
     line = np.linspace(3.0, 1.0, 401)
     np.testing.assert_allclose(figures._smooth(line), line)

@@ -9,7 +9,7 @@ Settings come from `--config` files, then from flags; `--help` lists them and `-
 """
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -19,10 +19,18 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from hf_diffusion.config.training import TrainingConfig, option, parse_config
-from hf_diffusion.data.images import ImageData, load_images
+from hf_diffusion.data.images import ImageData
 from hf_diffusion.dry_run import dry_run
+from hf_diffusion.evaluation.in_training import HeldOutLoss, Measurement
 from hf_diffusion.models.unet_adm import ADMClassifier
-from hf_diffusion.run import load_training_data, one_sentence_errors, start_run, train_and_share
+from hf_diffusion.run import (
+    check_best_metric,
+    load_training_data,
+    load_unaugmented,
+    one_sentence_errors,
+    start_run,
+    train_and_share,
+)
 from hf_diffusion.schedulers.scheduling_gaussian import GaussianScheduler, LinearDDPMScheduler
 from hf_diffusion.timestep_sampling import stratified_timesteps
 from hf_diffusion.trainer import Loss, Trainer
@@ -30,20 +38,16 @@ from hf_diffusion.training.train_ddpm import levels_for
 
 
 PROG = "train_classifier.py"
-QUARTILES = 4
 
 
 @dataclass(kw_only=True)
 class ClassifierConfig(TrainingConfig):
     """Train a classifier on noisy images, for classifier guidance."""
 
-    # Without images that the training does not see, a classifier that has learned them by heart looks perfect.
-    eval_split: str | None = option(
-        None, "split that accuracy is measured on at every sample_steps, such as train[90%:] or test", group="method"
-    )
     random_crop: float = option(
         1.0,
         "smallest side of a crop at random, as a share of the image; 1 crops nothing, 0.8 suits photographs",
+        group="method",
         above=0,
         at_most=1,
     )
@@ -66,8 +70,16 @@ class ClassifierConfig(TrainingConfig):
     num_head_channels: int = option(32, "width of an attention head", at_least=1)
     norm_num_groups: int = option(32, "groups of the group norms; must divide every width", at_least=1)
     dropout: float = option(0.0, "dropout in the residual blocks", at_least=0, below=1)
+    patch_size: int = option(1, "side of the pixel patches that the network works on", at_least=1)
     pool: Literal["adaptive", "attention", "spatial", "spatial_v2"] = option(
         "attention", "how pixels become one answer; attention is the one of ADM"
+    )
+
+    # Without images that the training does not see, a classifier that has learned them by heart looks perfect.
+    eval_split: str | None = option(
+        None,
+        "split that loss and accuracy are measured on at every eval_steps, such as train[90%:] or test",
+        group="evaluation",
     )
 
 
@@ -83,28 +95,11 @@ def noise_schedule(config: ClassifierConfig) -> dict[str, int | float | str | bo
     return schedule
 
 
-def load_eval_data(config: ClassifierConfig, accelerator: Accelerator, data: ImageData) -> ImageData | None:
-    """The held-out images, neither flipped nor cropped at random, in the form of the training's."""
-    if config.eval_split is None:
-        return None
-    form = {"split": config.eval_split, "resolution": data.size, "channels": data.channels, "streaming": False}
-    with accelerator.main_process_first():
-        held_out = load_images(
-            **config.data_arguments() | form | {"random_flip": False, "center_crop": True, "max_train_samples": None}
-        )
-    if held_out.class_names != data.class_names:
-        raise ValueError(
-            f"eval_split {config.eval_split!r} has the classes {held_out.class_names} and the training {data.class_names}; "
-            "give a split of the same classes"
-        )
-    return held_out
-
-
 def build_model(config: ClassifierConfig, data: ImageData) -> ADMClassifier:
     """A classifier for the size, channels and classes of the data, which records class names and noise schedule."""
     if not data.num_classes:
         raise ValueError(f"{data.name} has no labels to learn; name their column by --label_column")
-    channel_mult = config.channel_mult or levels_for(min(data.size))
+    channel_mult = config.channel_mult or levels_for(min(data.size) // config.patch_size)
     torch.manual_seed(config.seed)
     return ADMClassifier(
         sample_size=data.size,
@@ -120,6 +115,7 @@ def build_model(config: ClassifierConfig, data: ImageData) -> ADMClassifier:
         norm_num_groups=config.norm_num_groups,
         dropout=config.dropout,
         pool=config.pool,
+        patch_size=config.patch_size,
         id2label=dict(enumerate(data.class_names)),
         noise_schedule=noise_schedule(config),
     )
@@ -160,33 +156,27 @@ def hits(logits: Tensor, labels: Tensor) -> dict[str, Tensor]:
     return {f"top{k}": (ranks < k).float() for k in (1, 5) if k < logits.shape[1]}
 
 
-def build_evaluate(
-    config: ClassifierConfig, scheduler: GaussianScheduler, data: ImageData, device: torch.device
-) -> Callable[[nn.Module], dict[str, float]]:
-    """A function that measures cross-entropy and accuracy on the held-out images, each at one timestep of every quartile.
+def build_measurements(
+    config: ClassifierConfig, accelerator: Accelerator, scheduler: GaussianScheduler, data: ImageData
+) -> list[Measurement]:
+    """Cross-entropy and accuracy on the held-out images, if the settings name any."""
+    measurements = []
+    if config.eval_split is not None:
 
-    Timesteps and noise are the same at every call. The results are called eval_top1_q0 (least noise) to eval_top1_q3 and so on.
-    """
+        def values(model: nn.Module, batch: dict, t: Tensor, noise: Tensor) -> dict:
+            logits = model(scheduler.add_noise(batch["pixels"], noise, t), t).logits.float()
+            loss = F.cross_entropy(logits, batch["labels"], reduction="none")
+            return {"loss": loss, **hits(logits, batch["labels"])}
 
-    @torch.no_grad()
-    def evaluate(model: nn.Module) -> dict[str, float]:
-        generator = torch.Generator().manual_seed(config.seed)
-        sums: dict[str, float] = {}
-        for start in range(0, len(data), config.train_batch_size):
-            batch = data.fetch(range(start, min(start + config.train_batch_size, len(data))), epoch=0)
-            x_0, labels = batch["pixels"], batch["labels"]
-            for quartile in range(QUARTILES):
-                u = torch.rand(len(x_0), generator=generator)
-                t = ((quartile + u) / QUARTILES * config.ddpm_num_steps).long().clamp(max=config.ddpm_num_steps - 1)
-                x_t = scheduler.add_noise(x_0, torch.randn(x_0.shape, generator=generator), t)
-                logits = model(x_t.to(device), t.to(device)).logits.float().cpu()
-                values = {"loss": F.cross_entropy(logits, labels, reduction="none"), **hits(logits, labels)}
-                for name, value in values.items():
-                    key = f"eval_{name}_q{quartile}"
-                    sums[key] = sums.get(key, 0.0) + float(value.sum())
-        return {name: total / len(data) for name, total in sorted(sums.items())}
-
-    return evaluate
+        held_out = load_unaugmented(config, accelerator, data, config.eval_split)
+        names = ("loss", "top1", "top5") if data.num_classes > 5 else ("loss", "top1")
+        measurements.append(
+            HeldOutLoss(
+                accelerator, held_out, values, config.ddpm_num_steps, names, config.train_batch_size, config.seed
+            )
+        )
+    check_best_metric(config, measurements)
+    return measurements
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -194,7 +184,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     with one_sentence_errors(PROG):
         accelerator = start_run(config)
         data = load_training_data(config, accelerator)
-        held_out = load_eval_data(config, accelerator, data)
         # v_prediction, because nothing is predicted here and zero SNR is refused with the default.
         scheduler = LinearDDPMScheduler(**noise_schedule(config), prediction_type="v_prediction")
         trainer = Trainer(
@@ -204,7 +193,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             data,
             loss=build_loss(config, scheduler),
             export=lambda averaged, folder: averaged.save_pretrained(folder),
-            evaluate=None if held_out is None else build_evaluate(config, scheduler, held_out, accelerator.device),
+            measurements=build_measurements(config, accelerator, scheduler, data),
         )
         if config.dry_run:
             dry_run(trainer)

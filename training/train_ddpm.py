@@ -16,15 +16,24 @@ from accelerate import Accelerator
 from PIL import Image
 from torch import Tensor, nn
 
-from hf_diffusion.config.training import TrainingConfig, option, parse_config
+from hf_diffusion.config.training import GenerativeTrainingConfig, option, parse_config
 from hf_diffusion.data.images import ImageData
 from hf_diffusion.dry_run import dry_run
+from hf_diffusion.evaluation.in_training import HeldOutLoss, Measurement
 from hf_diffusion.figures import labelled_grid
 from hf_diffusion.losses.gaussian import hybrid_loss, loss_weight, simple_loss, vlb_loss
 from hf_diffusion.models.unet_adm import ADMUNet2DModel
 from hf_diffusion.pipelines.pipeline_classifier_free_guidance import ClassifierFreeGuidancePipeline
 from hf_diffusion.randomness import Draw
-from hf_diffusion.run import load_training_data, one_sentence_errors, start_run, train_and_share
+from hf_diffusion.run import (
+    check_best_metric,
+    load_training_data,
+    load_unaugmented,
+    one_sentence_errors,
+    sample_measures,
+    start_run,
+    train_and_share,
+)
 from hf_diffusion.schedulers.scheduling_gaussian import DDIMEtaScheduler, GaussianScheduler, LinearDDPMScheduler
 from hf_diffusion.timestep_sampling import (
     LossSecondMomentSampler,
@@ -40,7 +49,7 @@ SAMPLERS = {"uniform": uniform_timesteps, "stratified": stratified_timesteps, "a
 
 
 @dataclass(kw_only=True)
-class DDPMConfig(TrainingConfig):
+class DDPMConfig(GenerativeTrainingConfig):
     """Train a diffusion model with a U-Net on images, with or without classes."""
 
     class_conditional: bool = option(
@@ -94,8 +103,14 @@ class DDPMConfig(TrainingConfig):
     sampler: Literal["ddim", "ddpm"] = option(
         "ddim", "scheduler of the sample grids and of the exported pipeline", group="sampling"
     )
-    ddpm_num_inference_steps: int = option(50, "sampling steps of the grids", at_least=1)
-    guidance_scale: float = option(1.0, "classifier-free guidance of the grids; 1 is none", at_least=0)
+    ddpm_num_inference_steps: int = option(50, "sampling steps of the grids and of eval_metrics", at_least=1)
+    guidance_scale: float = option(
+        1.0, "classifier-free guidance of the grids and of eval_metrics; 1 is none", at_least=0
+    )
+    # The training loss falls for a model that learns its images by heart, too; this one rises.
+    eval_split: str | None = option(
+        None, "split whose loss is measured at every eval_steps, such as train[90%:] or test", group="evaluation"
+    )
 
     def validate(self) -> None:
         super().validate()
@@ -222,6 +237,38 @@ def objective(
     return weight * simple_loss(scheduler, output, x_0, x_t, noise, t)
 
 
+def build_measurements(
+    config: DDPMConfig, accelerator: Accelerator, model: nn.Module, scheduler: GaussianScheduler, data: ImageData
+) -> list[Measurement]:
+    """The objective on held-out images, with their true classes, and measures of samples, as far as the settings ask for them."""
+    measurements = []
+    if config.eval_split is not None:
+
+        def loss(model: nn.Module, batch: dict, t: Tensor, noise: Tensor) -> dict:
+            x_0, labels = batch["pixels"], batch["labels"] if config.class_conditional else None
+            x_t = scheduler.add_noise(x_0, noise, t)
+            return {"loss": objective(config, scheduler, model(x_t, t, labels).sample, x_0, x_t, noise, t)}
+
+        held_out = load_unaugmented(config, accelerator, data, config.eval_split)
+        measurements.append(
+            HeldOutLoss(
+                accelerator, held_out, loss, config.ddpm_num_steps, batch_size=config.eval_batch_size, seed=config.seed
+            )
+        )
+    guidance = {"guidance_scale": config.guidance_scale} if config.class_conditional else {}
+    measurements += sample_measures(
+        config,
+        accelerator,
+        data,
+        lambda network: build_pipeline(config, network, scheduler, data),
+        model,
+        num_inference_steps=config.ddpm_num_inference_steps,
+        **guidance,
+    )
+    check_best_metric(config, measurements)
+    return measurements
+
+
 def build_pipeline(
     config: DDPMConfig, model: nn.Module, scheduler: GaussianScheduler, data: ImageData
 ) -> ClassifierFreeGuidancePipeline:
@@ -265,6 +312,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             loss=build_loss(config, scheduler, model.null_class_id, accelerator),
             export=lambda averaged, folder: build_pipeline(config, averaged, scheduler, data).save_pretrained(folder),
             preview=lambda network: draw_grid(config, build_pipeline(config, network, scheduler, data)),
+            measurements=build_measurements(config, accelerator, model, scheduler, data),
         )
         if config.dry_run:
             dry_run(trainer)

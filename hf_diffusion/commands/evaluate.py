@@ -14,12 +14,14 @@ MODEL_METRICS = ("bpd", "consistency", "inversion")
 SWEEPS = {
     "num_inference_steps": int,
     "eta": float,
+    "guidance": str,
     "guidance_scale": float,
     "guidance_rescale": float,
     "scheduler": str,
     "timestep_spacing": str,
 }
 OF_THE_SCHEDULER = ("scheduler", "timestep_spacing")
+GUIDANCE = ("classifier", "classifier_free")  # of the pipeline
 DEFAULT_STEPS = (10, 25, 50)
 
 
@@ -107,11 +109,15 @@ def all_settings(args: argparse.Namespace, error: type[Exception]) -> Iterator[d
         name, equals, values = text.partition("=")
         if name not in SWEEPS or not equals or not values:
             raise error(f"--sweep {text}: write NAME=A,B,..., with NAME one of {', '.join(SWEEPS)}")
-        if name in swept or getattr(args, name) is not None:
+        if name == "guidance" and args.guide_by is None:
+            raise error(f"--sweep {text}: comparing kinds of guidance needs --guide_by, the classifier")
+        if name in swept or getattr(args, name, None) is not None:
             raise error(f"--sweep {text}: {name} is given twice; leave one out")
         try:
             swept[name] = [SWEEPS[name](value) for value in values.split(",")]
         except ValueError:
             raise error(f"--sweep {text}: the values of {name} must be of type {SWEEPS[name].__name__}") from None
+        if name == "guidance" and not set(swept[name]) <= set(GUIDANCE):
+            raise error(f"--sweep {text}: the values of guidance are {' and '.join(GUIDANCE)}")
     for values in itertools.product(*swept.values()):
         yield dict(zip(swept, values))

@@ -123,13 +123,35 @@ def precision_recall(real: Tensor, fake: Tensor, neighbours: int = PR_NEIGHBOURS
     return _covered(fake, real, neighbours), _covered(real, fake, neighbours)
 
 
+def precision_recall_with_error(
+    real: Tensor, fake: Tensor, group: Tensor, neighbours: int = PR_NEIGHBOURS
+) -> tuple[tuple[float, float], tuple[float, float]]:
+    """Precision and recall, each with its standard error, by leaving out one group of fakes at a time (jackknife); group int64 (M,).
+
+    The errors are those of drawing other fakes against the same reals, as for the Frechet distance; that of recall, which is no mean over
+    images, comes out up to 1.4 times too large (N 300 to 500 of 4 to 64 features). No bootstrap: a fake that is drawn twice is its own nearest
+    neighbour, which shrinks the balls.
+    """
+    values = precision_recall(real, fake, neighbours)
+    real, fake = real.double(), fake.double()
+    inside = _inside(fake, real, neighbours)  # of one fake no other fake decides
+    kept = [group != g for g in group.unique().tolist()]
+    precisions = [float(inside[rows].double().mean()) for rows in kept]
+    recalls = [_covered(real, fake[rows], neighbours) for rows in kept]
+    errors = (float(np.sqrt((len(kept) - 1) * np.var(parts))) for parts in (precisions, recalls))
+    return tuple(zip(values, errors))
+
+
 def _covered(points: Tensor, centres: Tensor, neighbours: int, rows: int = 1000) -> float:
     """Share of the points that lie nearer to some centre than its k-th neighbour among the centres."""
+    return float(_inside(points, centres, neighbours, rows).double().mean())
+
+
+def _inside(points: Tensor, centres: Tensor, neighbours: int, rows: int = 1000) -> Tensor:
+    """Which of the points (N,) lie nearer to some centre than its k-th neighbour among the centres."""
     # k + 1, because each centre is its own nearest
     radius = torch.cat([torch.cdist(some, centres).kthvalue(neighbours + 1).values for some in centres.split(rows)])
-    return float(
-        torch.cat([(torch.cdist(some, centres) < radius).any(1) for some in points.split(rows)]).double().mean()
-    )
+    return torch.cat([(torch.cdist(some, centres) < radius).any(1) for some in points.split(rows)])
 
 
 def jackknife_groups(count: int, labels: Sequence[int] | None, groups: int = JACKKNIFE_GROUPS) -> Tensor:

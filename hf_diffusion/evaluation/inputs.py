@@ -1,6 +1,7 @@
 """The two sides of an evaluation, where they are not drawn: real images, and generated ones that lie in a file."""
 
 import argparse
+import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,10 +35,14 @@ def load_image_file(path: Path) -> FileImages:
     """Images uint8 (N, H, W[, C]), or floating-point in [0, 1], and labels of an .npz file; ValueError for anything else."""
     if not path.is_file():
         raise ValueError(f"{path} is not there")
-    with np.load(path, allow_pickle=False) as arrays:
-        if "images" not in arrays:
-            raise ValueError(f"{path} holds {sorted(arrays)}; it needs the array 'images'")
-        images, labels = arrays["images"], arrays["labels"] if "labels" in arrays else None
+    try:
+        with zipfile.ZipFile(path):  # np.load would take anything else for a pickle
+            arrays = dict(np.load(path, allow_pickle=False))
+    except (OSError, ValueError, zipfile.BadZipFile) as error:
+        raise ValueError(f"{path} is no .npz file of arrays: {error}") from error
+    if "images" not in arrays:
+        raise ValueError(f"{path} holds {sorted(arrays)}; it needs the array 'images'")
+    images, labels = arrays["images"], arrays.get("labels")
     if images.ndim not in (3, 4) or len(images) == 0 or (images.ndim == 4 and images.shape[3] not in (1, 3, 4)):
         raise ValueError(
             f"the images of {path} have shape {images.shape}; they must be (N, H, W) or (N, H, W, 1 | 3 | 4)"

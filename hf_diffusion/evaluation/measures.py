@@ -21,7 +21,7 @@ from hf_diffusion.evaluation.distances import (
     in_order,
     jackknife_groups,
     kernel_distance,
-    precision_recall,
+    precision_recall_with_error,
     selection,
 )
 from hf_diffusion.evaluation.feature_networks import FeatureNetwork, network_range
@@ -55,16 +55,25 @@ def distance_name(letter: str, count: int, network: FeatureNetwork) -> str:
 
 
 def check_metrics(
-    metrics: Iterable[str], count: int, reference_count: int, network: FeatureNetwork, classifies: bool, labelled: bool
+    metrics: Iterable[str],
+    count: int,
+    reference_count: int,
+    network: FeatureNetwork,
+    classifies: bool,
+    labelled: bool,
+    options: tuple[str, str] = ("num_images", "max_reference_images"),
 ) -> None:
-    """Raise ValueError, before any image is drawn, for metrics that could not be computed from so many images."""
+    """Raise ValueError, before any image is drawn, for metrics that could not be computed from so many images.
+
+    `options` are the settings that the messages name for more generated and more real images.
+    """
     for metric in metrics:
         if metric not in METRICS:
             raise ValueError(f"unknown metric {metric!r}; choose from {list(METRICS)}")
     least = network.dimension + 1
     for side, images, option in (
-        ("generated", count, "num_images"),
-        ("real", reference_count, "max_reference_images"),
+        ("generated", count, options[0]),
+        ("real", reference_count, options[1]),
     ):
         if "fd" in metrics and images < least:
             raise ValueError(
@@ -120,7 +129,7 @@ def measure_images(
         results["fd"] = Measure(distance_name("F", count, network), value, error)
     if "kd" in metrics or "pr" in metrics:
         fake = in_order(gather_object(kept), len(chosen))
-        results.update(_measures_of_single_images(metrics, reference.features, fake, count, network))
+        results |= _measures_of_single_images(metrics, reference.features, fake, count, network, groups[chosen])
     if "label_accuracy" in metrics:
         right, seen = reduce(hits, "sum").tolist()
         share = right / seen
@@ -130,7 +139,7 @@ def measure_images(
 
 
 def _measures_of_single_images(
-    metrics: Iterable[str], real: Tensor, fake: Tensor, count: int, network: FeatureNetwork
+    metrics: Iterable[str], real: Tensor, fake: Tensor, count: int, network: FeatureNetwork, groups: Tensor
 ) -> dict[str, Measure]:
     results = {}
     if "kd" in metrics:
@@ -138,9 +147,9 @@ def _measures_of_single_images(
     if "pr" in metrics:
         real, fake = real[:PR_IMAGES], fake[:PR_IMAGES]
         described = f"(k={PR_NEIGHBOURS}, {len(real)} real, {len(fake)} generated, features {network.name})"
-        precision, recall = precision_recall(real, fake)
-        results["precision"] = Measure(f"precision {described}", precision)
-        results["recall"] = Measure(f"recall {described}", recall)
+        precision, recall = precision_recall_with_error(real, fake, groups[:PR_IMAGES])
+        results["precision"] = Measure(f"precision {described}", *precision)
+        results["recall"] = Measure(f"recall {described}", *recall)
     return results
 
 

@@ -36,6 +36,29 @@ def choose_real_images(data: ImageData, count: int) -> list[int]:
     return [place * len(data) // count for place in range(count)]
 
 
+def check_model_measures(
+    metrics: Sequence[str],
+    pipeline: DiffusionPipeline,
+    data: ImageData,
+    step_counts: Sequence[int],
+    bpd_steps: int | None,
+) -> None:
+    """ValueError, before anything is drawn, for measures of MODEL_METRICS that the pipeline's process or the data do not allow."""
+    wanted = {"bpd": [bpd_steps or 1], "inversion": step_counts, "consistency": [*step_counts, 2 * step_counts[-1]]}
+    for metric in (metric for metric in wanted if metric in metrics):
+        if metric != "consistency":
+            if not hasattr(pipeline, "unet"):
+                raise ValueError(
+                    f"{metric} needs a Gaussian process with a U-Net, which {type(pipeline).__name__} is not"
+                )
+            fetch(pipeline, data, [0])
+        most = pipeline.scheduler.config.num_train_timesteps
+        if max(wanted[metric]) > most:
+            raise ValueError(
+                f"{metric} over {max(wanted[metric])} steps asks for more than the {most} timesteps of this model; give fewer"
+            )
+
+
 def measure_bits_per_dim(
     pipeline: DiffusionPipeline,
     data: ImageData,

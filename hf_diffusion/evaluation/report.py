@@ -155,8 +155,17 @@ def protocol_text(protocol: dict[str, Any]) -> str:
         parts.append(
             f"against {reference['images']:,} of {reference['name']}/{reference['split']}, resize: {reference['resize']}"
         )
+    if held_out := protocol.get("held_out"):
+        where = f"{held_out['name']}/{held_out['split']}, resize: {held_out['resize']}"
+        parts.append(
+            f"held out, {where}; one fixed noise and timestep in each quartile (seed {protocol['noise_seed']})"
+        )
     if sampling:
-        options = ", ".join(f"{name} {value}" for name, value in sampling["options"].items() if value is not None)
+        used = {
+            "eta": sampling.get("sampler_config", {}).get("eta")
+        }  # the scheduler's own, unless the call said another
+        used |= {name: value for name, value in sampling["options"].items() if value is not None}
+        options = ", ".join(f"{name} {value}" for name, value in used.items() if value is not None)
         parts.append(f"{sampling['sampler']}, {options}, {sampling['dtype']} on {sampling['device']}")
     if protocol.get("seeds"):
         parts.append(f"seeds {protocol['seeds'][0]} to {protocol['seeds'][1]}")

@@ -5,18 +5,23 @@ import itertools
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from accelerate import PartialState
+from diffusers import DiffusionPipeline
 
-from hf_diffusion.commands.evaluate import DEFAULT_STEPS, OF_THE_SCHEDULER, SAMPLE_METRICS
+from hf_diffusion.commands.evaluate import DEFAULT_STEPS, GUIDANCE, OF_THE_SCHEDULER, SAMPLE_METRICS
 from hf_diffusion.environment import environment
 from hf_diffusion.evaluation.feature_networks import load_classifier, load_feature_network
 from hf_diffusion.evaluation.feature_training import trained_network_file
 from hf_diffusion.evaluation.inputs import load_image_file, load_reference_images
 from hf_diffusion.evaluation.latent_space import consistency, require_deterministic
 from hf_diffusion.evaluation.measures import Measure, check_metrics, measure_images, network_features
-from hf_diffusion.evaluation.model_measures import measure_bits_per_dim, measure_inversion, proportional_labels
+from hf_diffusion.evaluation.model_measures import (
+    check_model_measures,
+    measure_bits_per_dim,
+    measure_inversion,
+    proportional_labels,
+)
 from hf_diffusion.evaluation.reference import reference_statistics
 from hf_diffusion.evaluation.report import bound_figure, card_results, sweep_figure, table, write_metrics
 from hf_diffusion.evaluation.sampling import (
@@ -24,10 +29,12 @@ from hf_diffusion.evaluation.sampling import (
     check_call,
     draw,
     drawing_network,
+    images_protocol,
     sample_images,
     sampling_protocol,
 )
 from hf_diffusion.model_card import update_card_results
+from hf_diffusion.pipelines.pipeline_classifier_free_guidance import ClassifierFreeGuidancePipeline
 
 
 class EvaluationRun:
@@ -46,6 +53,7 @@ class EvaluationRun:
             from hf_diffusion.cli import load_for_sampling
 
             self.pipeline = load_for_sampling(args)
+            self.guided = self.pipeline  # by the classifier of --guide_by, where there is one
             self.scheduler = self.pipeline.scheduler
             size = drawing_network(self.pipeline).config.sample_size
             height, width = (size, size) if isinstance(size, int) else size
@@ -59,6 +67,8 @@ class EvaluationRun:
         self.classifier = load_classifier(args.classifier, **load) if args.classifier else None
         self.count = args.num_images if self.file is None else len(self.file.all_images)
         self.labels = self.choose_labels() if self.file is None else self.file.labels
+        swept = {s["num_inference_steps"] for s in settings if "num_inference_steps" in s}
+        self.steps = sorted(swept) or list(DEFAULT_STEPS)  # of consistency and inversion
         self.results: list[dict[str, Any]] = []  # of settings
         self.model_results: list[dict[str, Any]] = []
         self.bound = None
@@ -114,6 +124,7 @@ class EvaluationRun:
         if "consistency" in self.metrics:
             self.options_of({})
             require_deterministic(self.pipeline, self.args.eta)
+        check_model_measures(self.metrics, self.pipeline, self.data, self.steps, self.args.bpd_steps)
 
     def options_of(self, setting: dict[str, Any]) -> dict[str, Any]:
         """Set the pipeline's scheduler for a setting; the options of its call."""
@@ -124,9 +135,19 @@ class EvaluationRun:
             raise ValueError(f"unknown scheduler {chosen!r}; choose from {', '.join(SCHEDULERS)}")
         cls = type(self.scheduler) if chosen is None else scheduler_class(chosen)
         changes = {} if spacing is None else {"timestep_spacing": spacing}
+        if "guidance" in setting:
+            self.pipeline = self.of_guidance(setting["guidance"])
         self.pipeline.scheduler = cls.from_config(self.scheduler.config, **changes)
         fixed = {name: getattr(self.args, name) for name in OPTIONS if getattr(self.args, name) is not None}
-        return fixed | {name: value for name, value in setting.items() if name not in OF_THE_SCHEDULER}
+        of_call = {name: value for name, value in setting.items() if name not in (*OF_THE_SCHEDULER, "guidance")}
+        return fixed | of_call
+
+    def of_guidance(self, kind: str) -> DiffusionPipeline:
+        """The pipeline of one of GUIDANCE around the same U-Net."""
+        if kind == GUIDANCE[0]:
+            return self.guided
+        parts = {"unet": self.guided.unet, "scheduler": self.guided.scheduler, "id2label": self.guided.id2label}
+        return ClassifierFreeGuidancePipeline(**parts)
 
     # --- the work -------------------------------------------------------------------------------------------------------
 
@@ -160,9 +181,6 @@ class EvaluationRun:
         real["reference"] = {
             key: self.data.describe().get(key) for key in ("name", "split", "images", "resize", "fingerprint")
         }
-        steps = sorted({s["num_inference_steps"] for s in self.settings if "num_inference_steps" in s}) or list(
-            DEFAULT_STEPS
-        )
         if "bpd" in self.metrics:
             self.bound = measure_bits_per_dim(
                 self.pipeline, self.data, args.model_images, args.bpd_steps, args.seed, min(64, args.batch_size)
@@ -171,12 +189,12 @@ class EvaluationRun:
                 _result({}, {"bpd": self.bound.total, "prior_bpd": self.bound.prior}, self.protocol(None) | real)
             )
         if "inversion" in self.metrics:
-            found = measure_inversion(self.pipeline, self.data, steps, args.model_images)
+            found = measure_inversion(self.pipeline, self.data, self.steps, args.model_images)
             self.model_results.append(
                 _result({}, {f"inversion_{n}": m for n, m in found.items()}, self.protocol(None) | real)
             )
         if "consistency" in self.metrics:
-            self.model_results.append(self.measure_consistency(steps))
+            self.model_results.append(self.measure_consistency(self.steps))
         self.write()
 
     def measure_consistency(self, steps: list[int]) -> dict[str, Any]:
@@ -196,15 +214,8 @@ class EvaluationRun:
 
     def protocol(self, sampling: dict[str, Any] | None) -> dict[str, Any]:
         """What the measures of a setting hold for."""
-        networks = {"features": self.network.describe()} if sampling is not None else {}
-        if self.classifier is not None:
-            networks["classifier"] = self.classifier.describe()
-        classes = None
-        if self.labels is not None:
-            classes = np.unique(self.labels, return_counts=True)
-            classes = {int(label): int(number) for label, number in zip(*classes)}
-        seeds = None if self.file else [self.args.seed, self.args.seed + self.count - 1]
-        return {"count": self.count, "seeds": seeds, "images_of_class": classes, "sampling": sampling, **networks}
+        seed = None if self.file else self.args.seed
+        return images_protocol(self.count, seed, self.labels, sampling, self.network, self.classifier)
 
     # --- results --------------------------------------------------------------------------------------------------------
 
@@ -220,21 +231,30 @@ class EvaluationRun:
         if not self.state.is_main_process:
             return
         folder, made = self.args.output_dir, [self.args.output_dir / "metrics.json"]
+        figures: dict[Path, str] = {}  # with their captions
         if self.results:
             name = Path(str(self.args.pipeline)).resolve().name
             print(table(self.results))
             print("\n".join(measure.name for measure in self.results[0]["measures"].values()))
-            made.append(sweep_figure(self.results, folder / "sweep.png", f"{name}: {self.count:,} images a point"))
+            sweep = sweep_figure(self.results, folder / "sweep.png", f"{name}: {self.count:,} images a point")
+            if sweep is not None:
+                figures[sweep] = (
+                    "Quality against what was varied in sampling, and against the seconds that an image takes"
+                )
         for result in self.model_results:
             for measure in result["measures"].values():
                 error = "" if measure.error is None else f" ± {measure.error:.2g}"
                 print(f"{measure.name}: {measure.value:.4g}{error}")
         if self.bound is not None:
-            made.append(bound_figure(self.bound, folder / "bits_per_dim.png"))
+            figures[bound_figure(self.bound, folder / "bits_per_dim.png")] = (
+                "The bound in bits per dimension by timestep"
+            )
+        made += figures
         if self.args.update_card:
-            update_card_results(self.args.pipeline, card_results(self.results + self.model_results), self.data.name)
+            results = card_results(self.results + self.model_results)
+            update_card_results(self.args.pipeline, results, self.data.name, figures)
             made.append(Path(self.args.pipeline) / "README.md")
-        print("written: " + ", ".join(str(path) for path in made if path is not None))
+        print("written: " + ", ".join(map(str, made)))
 
     def say(self, text: str) -> None:
         if self.state.is_main_process:

@@ -22,7 +22,7 @@ from accelerate import PartialState
 from diffusers import DiffusionPipeline
 from tqdm.auto import tqdm
 
-from hf_diffusion.evaluation.feature_networks import hash_tensors
+from hf_diffusion.evaluation.feature_networks import FeatureNetwork, hash_tensors
 
 
 OPTIONS = ("num_inference_steps", "eta", "guidance_scale", "guidance_rescale")
@@ -160,6 +160,25 @@ def sampling_protocol(pipeline: DiffusionPipeline, chunk_size: int, options: dic
         "chunk_size": chunk_size,  # images of other batch shapes differ in the last bit
         "options": {**defaults, **options},
     }
+
+
+def images_protocol(
+    count: int,
+    seed: int | None,
+    labels: Sequence[int] | None,
+    sampling: dict[str, Any] | None,
+    network: FeatureNetwork,
+    classifier: FeatureNetwork | None = None,
+) -> dict[str, Any]:
+    """What the measures of `count` images hold for; `seed` is that of the first image, None for images that nobody drew here."""
+    classes = None
+    if labels is not None:
+        classes = {int(label): int(number) for label, number in zip(*np.unique(labels, return_counts=True))}
+    networks = {"features": network.describe()} if sampling is not None else {}
+    if classifier is not None:
+        networks["classifier"] = classifier.describe()
+    seeds = None if seed is None else [seed, seed + count - 1]
+    return {"count": count, "seeds": seeds, "images_of_class": classes, "sampling": sampling, **networks}
 
 
 def _chunk_file(folder: Path, start: int, stop: int) -> Path:

@@ -10,11 +10,11 @@ from hf_diffusion.pipelines.pipeline_classifier_free_guidance import ClassifierF
 from hf_diffusion.schedulers.scheduling_gaussian import DDIMEtaScheduler
 
 
-def tiny_pipeline(classes: int | None = None, **scheduler) -> ClassifierFreeGuidancePipeline:
+def tiny_pipeline(classes: int | None = None, null_class: bool = True, **scheduler) -> ClassifierFreeGuidancePipeline:
     torch.manual_seed(0)
     unet = ADMUNet2DModel(
         sample_size=8, in_channels=1, out_channels=1, model_channels=8, channel_mult=(1, 2), num_res_blocks=1,
-        attention_resolutions=(), num_heads=2, norm_num_groups=4, num_class_embeds=classes, null_class=classes is not None,
+        attention_resolutions=(), num_heads=2, norm_num_groups=4, num_class_embeds=classes, null_class=null_class and classes is not None,
     )  # fmt: skip
     with torch.no_grad():
         for parameter in unet.parameters():

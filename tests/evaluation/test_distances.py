@@ -15,6 +15,7 @@ from hf_diffusion.evaluation.distances import (
     jackknife_groups,
     kernel_distance,
     precision_recall,
+    precision_recall_with_error,
     selection,
 )
 
@@ -103,6 +104,22 @@ def test_precision_is_about_fakes_and_recall_about_reals():
     real = torch.cat([gaussians(200, 3), gaussians(200, 3, 1) + 50])  # two modes
     precision, recall = precision_recall(real, gaussians(200, 3, 2))  # one of them
     assert precision > 0.8 and 0.4 < recall < 0.5
+
+
+def test_the_errors_of_precision_and_recall_are_the_spread_over_repeated_draws():
+    """Measured over 60 draws: 1.29 times the spread for precision, 1.36 for recall, which errs on the safe side."""
+    real, groups = gaussians(300, 16), jackknife_groups(300, None)
+    drawn = [precision_recall_with_error(real, 0.9 * gaussians(300, 16, 1 + s), groups) for s in range(60)]
+    for name, (values, errors) in zip(("precision", "recall"), np.array(drawn).transpose(1, 2, 0)):
+        assert 0.5 < values.mean() < 0.95, name
+        assert 0.75 < np.sqrt(np.mean(errors**2)) / values.std(ddof=1) < 1.75, name
+
+
+def test_precision_and_recall_with_errors_are_those_without():
+    real, fake = gaussians(150, 3), gaussians(150, 3, 1) + 0.5
+    found = precision_recall_with_error(real, fake, jackknife_groups(150, None))
+    assert tuple(value for value, _ in found) == precision_recall(real, fake)
+    assert precision_recall_with_error(real, real, jackknife_groups(150, None))[0] == (1, 0)
 
 
 def test_the_chosen_real_images_do_not_depend_on_the_number_of_generated_ones():

@@ -10,10 +10,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from diffusers import DDIMPipeline, DDIMScheduler, UNet2DModel
 from huggingface_hub import ModelCard
 from PIL import Image
 from torch import nn
 
+from hf_diffusion import DDGANGenerator, DDGANPipeline, DDGANScheduler
 from hf_diffusion.cli import main
 from hf_diffusion.model_card import write_model_card
 from tests.evaluation.conftest import tiny_pipeline
@@ -22,11 +24,19 @@ from tests.launching import ENVIRONMENT, launcher
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory, image_folder):
-    """Saved pipelines `plain` and `classes` (2 of them, as in the images), and `judge.pt`, a network with 4 features."""
+    """Saved pipelines, of which `classes` has 2 as the images, and `judge.pt`, a network with 4 features."""
     parent = tmp_path_factory.mktemp("pipelines")
     tiny_pipeline().save_pretrained(parent / "plain")
     tiny_pipeline(classes=2).save_pretrained(parent / "classes")
     (parent / "classes" / "config.yaml").write_text(f"train_data_dir: {image_folder}\nlabel_column: auto\n")
+    labelled = tiny_pipeline(classes=2, null_class=False)
+    labelled.save_pretrained(parent / "labelled")
+    generator = DDGANGenerator(sample_size=8, in_channels=1, model_channels=8, channel_mult=(1, 2), num_res_blocks=1,
+                               attention_sizes=(), latent_dim=4, latent_embed_dim=8, num_latent_layers=1)  # fmt: skip
+    DDGANPipeline(generator=generator, scheduler=DDGANScheduler()).save_pretrained(parent / "gan")
+    stock = UNet2DModel(sample_size=8, in_channels=1, out_channels=1, block_out_channels=(8, 8), norm_num_groups=2,
+                        down_block_types=("DownBlock2D",) * 2, up_block_types=("UpBlock2D",) * 2, layers_per_block=1)  # fmt: skip
+    DDIMPipeline(stock, DDIMScheduler()).save_pretrained(parent / "stock")
     judge = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
     torch.jit.script(judge).save(str(parent / "judge.pt"))
     torch.jit.script(nn.Sequential(nn.Flatten(), nn.Linear(64, 2))).save(str(parent / "classifier.pt"))
@@ -81,6 +91,16 @@ def test_a_sweep_gives_a_table_a_figure_and_the_protocol_of_every_point(evaluate
 
     monkeypatch.setattr("hf_diffusion.evaluation.sampling.draw", None)  # a second run finds all images
     assert evaluate("classes", *words)[1]["results"][3]["measures"] == point["measures"]
+
+
+def test_a_stock_pipeline_is_swept_as_our_own(evaluate, image_folder):
+    words = ("--train_data_dir", image_folder, "--num_images", 20, "--sweep", "num_inference_steps=2,3", "--eta", 1)
+    status, report = evaluate("stock", *words, "--metrics", "fd,pr")
+    assert status == 0 and [r["settings"]["num_inference_steps"] for r in report["results"]] == [2, 3]
+    for result in report["results"]:
+        sampling = result["protocol"]["sampling"]
+        assert sampling["pipeline"] == "DDIMPipeline" and sampling["options"]["eta"] == 1
+        assert result["measures"]["recall"]["error"] is not None
 
 
 def test_model_measures_are_printed_drawn_and_recorded(evaluate, capsys):
@@ -173,6 +193,25 @@ MISTAKES = {
         1,
         "eta=1.0 draws noise in every step",
     ),
+    "bpd of too many steps": (
+        "classes",
+        ["--metrics", "bpd", "--bpd_steps", "2000"],
+        1,
+        "bpd over 2000 steps asks for more than the 1000 timesteps",
+    ),
+    "bpd of a GAN": (
+        "gan",
+        ["--metrics", "fd,bpd"],
+        1,
+        "bpd needs a Gaussian process with a U-Net, which DDGANPipeline",
+    ),
+    "consistency of a GAN": ("gan", ["--metrics", "consistency"], 1, "DDGANScheduler draws noise in every step"),
+    "inversion without labels": (
+        "labelled",
+        ["--metrics", "inversion", "--label_column", "none"],
+        1,
+        "the model needs classes, but",
+    ),
     "no card": ("plain", ["--update_card"], 2, "no folder with a README.md"),
     "no inception": ("classes", ["--features", "inception"], 1, "need torch-fidelity"),
     "no extra for a pipeline": ("missing", [], 1, "neither a folder here nor a name"),
@@ -183,7 +222,7 @@ MISTAKES = {
 def test_a_mistake_is_one_sentence_before_anything_is_sampled(evaluate, image_folder, mistake, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch_fidelity.feature_extractor_inceptionv3", None)
     name, words, status, message = MISTAKES[mistake]
-    if mistake != "no data" and name == "plain":
+    if mistake != "no data" and name not in ("classes", "missing"):
         words = [*words, "--train_data_dir", image_folder]
     torch.jit.script(nn.Sequential(nn.Flatten(), nn.Linear(64, 1))).save("one.pt")
     found, report = evaluate(name, *words, features="--features" not in words)

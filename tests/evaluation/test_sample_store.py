@@ -43,6 +43,27 @@ def test_shares_of_any_number_of_processes_make_up_all_images_once(pipeline, tmp
         assert sorted(np.concatenate(shares).tolist()) == list(range(10))
 
 
+def test_eight_processes_draw_bit_for_bit_the_images_of_one(conditional, tmp_path, monkeypatch):
+    """Every process is simulated by its number; a run by `accelerate launch` is in test_evaluate_command."""
+
+    class Process:
+        is_main_process, num_processes = True, 8
+        wait_for_everyone = staticmethod(lambda: None)
+
+        def __init__(self, index):
+            self.process_index = index
+
+    labels = [i % 3 for i in range(40)]
+    options = {"chunk_size": 4, "eta": 1.0, **STEPS}
+    one = sample_images(conditional, range(40), labels, tmp_path / "one", **options)
+    drawn = count_draws(monkeypatch)
+    for index in range(8):
+        monkeypatch.setattr(store, "PartialState", lambda index=index: Process(index))
+        eight = sample_images(conditional, range(40), labels, tmp_path / "eight", **options)
+    assert sorted(seed for seeds in drawn for seed in seeds) == list(range(40))  # each once
+    np.testing.assert_array_equal(one.images(), eight.images())
+
+
 def test_interrupted_sampling_goes_on_where_it_stopped(pipeline, tmp_path, monkeypatch):
     whole = sample_images(pipeline, range(8), None, tmp_path / "whole", chunk_size=3, **STEPS).images()
 

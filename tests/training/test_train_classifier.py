@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
 from safetensors.torch import load_file
 
 from hf_diffusion import (
@@ -18,6 +19,7 @@ from hf_diffusion import (
     DDIMEtaScheduler,
     LinearDDPMScheduler,
 )
+from hf_diffusion.data.images import load_images
 from hf_diffusion.randomness import Draw
 from hf_diffusion.training import train_classifier, train_ddpm
 from hf_diffusion.training.demo_digits import judge
@@ -27,7 +29,7 @@ from tests.launching import ENVIRONMENT, launcher
 REPO = Path(__file__).resolve().parents[2]
 TINY = """
     --dataset_name digits --split train[:64] --eval_split train[64:100] --model_channels 8 --norm_num_groups 4 --num_head_channels 8
-    --channel_mult 1,2 --num_res_blocks 1 --train_batch_size 8 --logging_steps 2 --sample_steps 2 --checkpointing_steps 2
+    --channel_mult 1,2 --num_res_blocks 1 --train_batch_size 8 --logging_steps 2 --eval_steps 2 --checkpointing_steps 2
     --learning_rate 0.01 --ema_max_decay 0.9 --max_train_steps 4
 """.split()
 
@@ -79,38 +81,35 @@ def test_accuracy_on_held_out_images_is_logged_for_every_quartile_of_the_timeste
     records = metrics(finished)
     evaluations = [r for r in records if "eval_top1_q0" in r]
     assert [r["step"] for r in evaluations] == [2, 4]
-    names = {f"eval_{value}_q{q}" for value in ("loss", "top1", "top5") for q in range(4)}
-    assert all(names | {"step"} == set(r) for r in evaluations)
+    names = {f"eval_{value}{q}" for value in ("loss", "top1", "top5") for q in ("", "_q0", "_q1", "_q2", "_q3")}
+    assert all(names | {"step", "protocol"} == set(r) for r in evaluations)
+    assert evaluations[0]["protocol"]["held_out"]["split"] == "train[64:100]"
     assert all(
         round(r["eval_top1_q0"] * 36, 6).is_integer() and r["eval_top1_q1"] <= r["eval_top5_q1"] for r in evaluations
     )
     assert {"loss", "top1", "top5", "lr"} <= set(records[0])
     card = (finished / "README.md").read_text()
-    assert "eval_top1_q0" in card and "classifier" in card and "unconditional-image-generation" not in card
+    assert (
+        "top1 on held-out images, quartile 1 of the timesteps" in card
+        and "classifier" in card
+        and "unconditional-image-generation" not in card
+    )
 
 
-def test_the_evaluation_is_the_same_number_at_every_call_and_right_for_a_known_answer():
+def test_the_evaluation_is_right_for_a_known_answer():
+    accelerator = Accelerator(cpu=True)
     config = train_classifier.ClassifierConfig(dataset_name="digits", max_train_steps=1, eval_split="train[:50]")
-    data = train_classifier.load_images("digits", split="train[:50]")
+    data = load_images("digits", split="train[:50]")
     scheduler = LinearDDPMScheduler(**train_classifier.noise_schedule(config))
-    evaluate = train_classifier.build_evaluate(config, scheduler, data, torch.device("cpu"))
-    seen = []
+    (measure,) = train_classifier.build_measurements(config, accelerator, scheduler, data)
 
     def says_three(x, t):
-        seen.append(t)
-        return Logits(len(x))
+        logits = torch.nn.functional.one_hot(torch.full((len(x),), 3), 10).float()
+        return type("Output", (), {"logits": logits})
 
-    class Logits:
-        def __init__(self, count):
-            self.logits = torch.zeros(count, 10)
-            self.logits[:, 3] = 1.0
-
-    first = evaluate(says_three)
-    assert first == evaluate(says_three)
-    assert first["eval_top1_q2"] == pytest.approx(np.mean(data.labels == 3))
-    quartiles = [torch.cat(seen[q::4]) for q in range(4)]
-    for q, t in enumerate(quartiles):
-        assert 250 * q <= t.min() and t.max() < 250 * (q + 1) and t.unique().numel() > 30
+    evaluation = measure(says_three, lambda: False)
+    assert evaluation.measures["eval_top1_q2"].value == pytest.approx(np.mean(data.labels == 3))
+    assert set(measure.keys) == set(evaluation.measures)
 
 
 def test_the_network_is_trained_at_the_timesteps_that_the_noise_was_drawn_for():
@@ -237,7 +236,7 @@ def test_guidance_makes_an_unconditional_model_of_digits_draw_the_digits_asked_f
     )
     train_classifier.main(
         ["--config", str(recipes / "digits_classifier.yaml"), "--output_dir", str(classifier)]
-        + ["--max_train_steps", "400", "--sample_steps", "none"]
+        + ["--max_train_steps", "400", "--eval_steps", "none"]
     )
     evaluation = metrics(classifier)[-1]
     assert evaluation["eval_top1_q0"] > 0.85 and evaluation["eval_top1_q3"] < evaluation["eval_top1_q1"]

@@ -90,7 +90,7 @@ def test_a_run_leaves_pipeline_config_metrics_curve_samples_and_card(finished):
     ):
         assert (finished / name).is_file(), name
     pictures = sorted(path.name for path in (finished / "samples").iterdir())
-    assert pictures == ["ema-00000007.png", "raw-00000007.png"]
+    assert pictures == ["ema-00000007.png", "guidance.png", "nearest.png", "raw-00000007.png"]
     assert min(Image.open(finished / "samples" / "ema-00000007.png").size) > 50
     card = (finished / "README.md").read_text()
     assert "samples/ema-00000007.png" in card and "112" in card  # 7 steps of 16 images
@@ -247,8 +247,6 @@ def test_a_step_with_a_gradient_that_is_not_finite_changes_nothing_and_is_counte
 
 
 def test_training_stops_when_no_step_is_finite_any_more(tmp_path, monkeypatch):
-    from hf_diffusion.trainer import TrainingDiverged
-
     original = train_ddpm.build_loss
 
     def infinite(*arguments):
@@ -256,7 +254,7 @@ def test_training_stops_when_no_step_is_finite_any_more(tmp_path, monkeypatch):
         return lambda *a: {**(values := loss(*a)), "loss": values["loss"] * float("inf")}
 
     monkeypatch.setattr(train_ddpm, "build_loss", infinite)
-    with pytest.raises(TrainingDiverged, match="3 steps in a row, the last of them step 2"):
+    with pytest.raises(SystemExit, match="3 steps in a row, the last of them step 2"):
         run(tmp_path, "--max_train_steps", "9", "--max_nonfinite_steps", "3")
 
 
