@@ -50,6 +50,9 @@ def build_parser() -> argparse.ArgumentParser:
     common.add_argument("pipeline", help="a folder, or user/repository on the Hub")
     common.add_argument("--revision", help="branch, tag or commit of the repository")
     common.add_argument("--subfolder", help="folder of the pipeline within the repository")
+    common.add_argument(
+        "--verify", action="store_true", help="compare every downloaded file with the Hub's checksums first"
+    )
     common.add_argument("--traceback", action="store_true", help="on an error, show where in the code it arose")
     sampling = sampling_options()
     add_sample_parser(commands, [common, sampling])
@@ -69,6 +72,11 @@ def sampling_options() -> argparse.ArgumentParser:
     add("--eta", type=float, help="noise of DDIM sampling, 0 to 1")
     add("--guidance_scale", type=float, help="w in uncond + w * (cond - uncond)")
     add("--guidance_rescale", type=float)
+    add(
+        "--guide_by",
+        metavar="CLASSIFIER",
+        help="folder or repository of a classifier of noisy images, whose gradient guides instead: guidance_scale is its scale",
+    )
     add("--scheduler", choices=SCHEDULERS, help="sample with another scheduler of the same process")
     add("--timestep_spacing", choices=("leading", "trailing", "linspace"))
     add("--dtype", choices=DTYPES, default="float32")
@@ -143,13 +151,31 @@ def load_for_sampling(args: argparse.Namespace):
         args.pipeline,
         trust_remote_code=args.trust_remote_code,
         dtype=getattr(torch, DTYPES[args.dtype]),
+        verify=args.verify,
         **{key: value for key, value in where.items() if value is not None},
     )
     if args.scheduler is not None or args.timestep_spacing is not None:
         spacing = {} if args.timestep_spacing is None else {"timestep_spacing": args.timestep_spacing}
         cls = type(pipe.scheduler) if args.scheduler is None else scheduler_class(args.scheduler)
         pipe.scheduler = cls.from_config(pipe.scheduler.config, **spacing)
+    if args.guide_by is not None:
+        pipe = guided_by(pipe, args.guide_by)
     return pipe.to(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+
+def guided_by(pipe, classifier: str):
+    """The network and the scheduler of a class-conditional pipeline with a saved classifier that guides."""
+    from hf_diffusion.models.unet_adm import ADMClassifier
+    from hf_diffusion.pipelines.pipeline_classifier_guidance import ClassifierGuidancePipeline
+
+    if not hasattr(pipe, "unet"):
+        raise UsageError(
+            f"--guide_by: a {type(pipe).__name__} has no U-Net that a classifier could guide; leave it out"
+        )
+    parts = {"unet": pipe.unet, "scheduler": pipe.scheduler, "id2label": getattr(pipe, "id2label", None)}
+    return ClassifierGuidancePipeline(
+        classifier=ADMClassifier.from_pretrained(classifier, torch_dtype=pipe.unet.dtype), **parts
+    )
 
 
 def scheduler_class(name: str) -> type:
@@ -284,9 +310,17 @@ def write_whole(path: Path, write: Callable) -> None:
 
 def info_command(args: argparse.Namespace) -> None:
     """`hf-diffusion info`: what a pipeline consists of, without running its code or fetching its weights."""
+    from hf_diffusion.hub.download import fetch_and_verify
     from hf_diffusion.hub.loading import describe_pipeline
 
     where = {"revision": args.revision, "subfolder": args.subfolder}
+    if args.verify:
+        if os.path.isdir(args.pipeline):
+            raise UsageError(
+                f"--verify compares a download with the Hub, but {args.pipeline} is a folder here; leave it out"
+            )
+        commit, count = fetch_and_verify(args.pipeline, args.revision)
+        print(f"{args.pipeline} at commit {commit[:12]}: all {count} files are as on the Hub")
     description = describe_pipeline(args.pipeline, **{k: v for k, v in where.items() if v is not None})
     index = description["index"]
     print(f"{args.pipeline}: {description['class_name']}")

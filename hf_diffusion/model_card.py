@@ -4,11 +4,12 @@ Nothing is asked and nothing invented: what is not known is left out. The genera
 people write outside them survives the next run, as do the keys that they add to the metadata.
 """
 
-import json
 import math
 import os
 import re
-from collections.abc import Sequence
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,26 +17,29 @@ import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from huggingface_hub.repocard_data import eval_results_to_model_index, model_index_to_eval_results
 
+from hf_diffusion.card_text import cell, class_list, summary_of, tables_of
+from hf_diffusion.card_use import how_to_use
 from hf_diffusion.config.options import config_to_yaml
 
 
 TEMPLATE = Path(__file__).parent / "model_cards" / "template.md"
 START, END = "<!-- hf_diffusion:generated:start -->", "<!-- hf_diffusion:generated:end -->"
-NOT_MEASURED = "- The quality of the samples has not been measured."  # two sentences of the template
-MEASURED = (
+NOT_MEASURED = {
+    True: "The quality of the samples has not been measured.",
+    False: "How well it does has not been measured.",  # of a model that draws nothing
+}
+MEASURED = (  # a sentence of the template
     "- The results hold for the protocol beside them and cannot be compared with figures that were measured otherwise."
 )
 PIPELINE_TAG = "unconditional-image-generation"  # the Hub knows no task for images of a class
-NOT_IN_TABLES = (
-    "class_names",
-    "license",
-    "command",
-    "versions",
-    "git_commit",
-    "git_dirty",
-    "git_repository",
-    "wall_time_s",
-)
+
+
+@dataclass(frozen=True)
+class NearestImages:
+    """A picture of samples and their nearest training images, relative to the folder, and a sentence on the distances."""
+
+    picture: str
+    sentence: str
 
 
 def write_model_card(
@@ -45,8 +49,10 @@ def write_model_card(
     data: dict[str, Any],
     training: dict[str, Any],
     metrics: dict[str, Any] | None = None,
-    images: Sequence[str] = (),
+    images: Sequence[str] | Mapping[str, str] = (),
     curve: str | None = None,
+    nearest: NearestImages | None = None,
+    citations: Sequence[str] = (),
     kind: str = "diffusion model",
     tags: Sequence[str] = ("ddpm",),
     license: str | None = None,
@@ -55,104 +61,114 @@ def write_model_card(
 ) -> Path:
     """Write or renew README.md in the folder of a saved pipeline or model, by an atomic rename; works without a network.
 
-    config: all settings of the run. data: `describe()` of the data. training: steps, images_seen, wall_time_s, processes,
-    global_batch, parameters, command and the like, and what `environment()` tells. metrics: name -> number, or name -> {"value": number,
-    "protocol": text, ...}. images, curve: paths relative to the folder. ValueError for a picture that is not there, and for an
-    existing card whose markers or metadata are damaged.
+    config: all settings of the run. data: `describe()` of the data, and what `data_set_facts` found. training: steps, images_seen,
+    wall_time_s, processes, global_batch, parameters, command, energy (source -> joules) and the like, and what `environment()` tells. metrics:
+    name -> number, or name -> {"value": number, "protocol": text, ...}. images (with captions, if it is a mapping), curve: paths relative to the
+    folder. citations: BibTeX entries. license: of the weights, an id of the Hub. ValueError for a picture that is not there, and for an existing card
+    whose markers or metadata are damaged.
     """
     folder = Path(folder)
-    for image in [*images, *([curve] if curve else [])]:
-        if Path(image).is_absolute() or not (folder / image).is_file():
-            raise ValueError(
-                f"the card would show {image!r}, which is not a file in {folder}; give paths relative to the folder"
-            )
+    captions = dict(images) if isinstance(images, Mapping) else dict.fromkeys(images, "")
+    _check_pictures(folder, [*captions, *([curve] if curve else []), *([nearest.picture] if nearest else [])])
     title = repo_id.split("/")[-1] if repo_id else folder.resolve().name
-    pipeline_class, has_code = _pipeline(folder)
-    network = _network(folder)
-    class_names = (
-        data.get("class_names") if network.get("num_class_embeds") else None
-    )  # labelled data, unconditional model
-    results = _results(metrics)
+    use, results = how_to_use(folder, data.get("class_names")), _results(metrics)
+    kind = f"class-conditional {kind}" if use.is_conditional else kind
     card = ModelCard.from_template(
-        _metadata(title, config, data, results, tags, license, pipeline_class, has_code, images),
+        _metadata(title, config, data, results, tags, license, use.kind == "pipeline", use.has_code, captions),
         template_path=str(TEMPLATE),
         title=title,
-        summary=_summary(f"class-conditional {kind}" if network.get("num_class_embeds") else kind, data, training),
-        images=list(images),
+        summary=summary_of(kind, data, training),
+        images=list(captions.items()),
         curve=curve,
-        pipeline_class=pipeline_class,
-        has_code=has_code,
-        call=_call(pipeline_class, network, class_names),
+        use=use,
         repo_id=repo_id,
         revision=revision,
-        class_names=_class_names(class_names),
-        results=[
-            {**result, "protocol": _cell(result["protocol"]), "value": f"{result['value']:.6g}"} for result in results
-        ],
+        class_names=class_list(use.class_names),
+        results=_rows([(result["name"], result["value"], result["protocol"]) for result in results]),
         command=training.get("command"),
-        tables=_tables(data, training),
+        tables=tables_of(data, training),
         config_yaml=config_to_yaml(config).rstrip(),
+        not_measured=NOT_MEASURED[use.kind == "pipeline"],
+        nearest=nearest,
         data_license=data.get("license"),
+        data_card=data.get("data_card"),
+        considerations=data.get("considerations"),
         license=license,
+        citations=list(citations),
     )
     return _merge_into(folder / "README.md", card)
 
 
-def update_card_results(folder: str | os.PathLike, metrics: dict[str, Any], data_name: str) -> Path:
+def _rows(results: Sequence[tuple[str, float, str]]) -> list[str]:
+    """Lines of the table of results; a protocol that is that of the line before is not repeated."""
+    protocols = ["", *(protocol for *_, protocol in results)]
+    return [
+        f"| {cell(name)} | {value:.6g} | {'as above' if protocol and protocol == before else cell(protocol)} |"
+        for (name, value, protocol), before in zip(results, protocols)
+    ]
+
+
+def _check_pictures(folder: Path, names: Sequence[str]) -> None:
+    for name in names:
+        if Path(name).is_absolute() or not (folder / name).is_file():
+            raise ValueError(
+                f"the card would show {name!r}, which is not a file in {folder}; give paths relative to the folder"
+            )
+
+
+def update_card_results(
+    folder: str | os.PathLike,
+    metrics: dict[str, Any],
+    data_name: str,
+    figures: Mapping[str | os.PathLike, str] | None = None,
+) -> Path:
     """Add results to the card of a saved pipeline, in the place of earlier ones of the same names; `metrics` as for `write_model_card`.
 
-    ValueError where the folder has no card of this package, whose generated part the table belongs to.
+    figures: picture file, anywhere -> its caption; they are copied into `figures/` of the folder. ValueError where the folder has no
+    card of this package, whose generated part the table belongs to.
     """
     path = Path(folder) / "README.md"
     metadata, text = _read_card(path) if path.is_file() else ({}, "")
     if START not in text:
         raise ValueError(f"{path} is no card of hf_diffusion (it lacks the marker {START}); add the results by hand")
     earlier = model_index_to_eval_results(metadata["model-index"])[1] if metadata.get("model-index") else []
-    added = _metadata("", {}, {"name": data_name}, _results(metrics), (), None, None, False).eval_results or []
+    is_pipeline = "pipeline_tag" in metadata
+    added = _metadata("", {}, {"name": data_name}, _results(metrics), (), None, is_pipeline, False).eval_results or []
     merged = [result for result in earlier if result.metric_name not in metrics] + added
     title = re.search(r"^# (.+)$", text, re.MULTILINE)
     metadata["model-index"] = eval_results_to_model_index(title[1] if title else path.parent.resolve().name, merged)
-    rows = [
-        f"| {r.metric_name} | {r.metric_value:.6g} | {_cell((r.metric_args or {}).get('protocol', ''))} |"
-        for r in merged
-    ]
-    section = "\n".join(["## Results", "", "| measure | value | protocol |", "|---|---|---|", *rows, "", ""])
+    rows = _rows([(r.metric_name, r.metric_value, (r.metric_args or {}).get("protocol", "")) for r in merged])
     start, end = text.index(START), text.index(END)
-    block = re.sub(r"^## Results\n.*?(?=^## )", "", text[start:end], flags=re.DOTALL | re.MULTILINE)
-    # the template's order: results stand before the curve and the way to reproduce them
-    place = re.search(r"^## (Training curve|Reproduce)$", block, re.MULTILINE)
+    block = text[start:end]
+    former = re.search(r"^## Results\n.*?(?=^## |\Z)", block, flags=re.DOTALL | re.MULTILINE)
+    shown = dict(re.findall(r"^!\[[^\]\n]*\]\((\S+)\)\n\n\*([^\n]*)\.\*$", former[0] if former else "", re.MULTILINE))
+    shown |= _copy_figures(path.parent, figures or {})
+    pictures = [f"![{caption}]({name})\n\n*{caption}.*\n" for name, caption in shown.items()]
+    section = "\n".join(
+        ["## Results", "", "| measure | value | protocol |", "|---|---|---|", *rows, "", *pictures, ""]
+    )
+    block = block if former is None else block[: former.start()] + block[former.end() :]
+    # the template's order: results stand before the curve and the way to use the model
+    place = re.search(r"^## (Training curve|Use|Reproduce)$", block, re.MULTILINE)
     at = place.start() if place else len(block)
-    block = (block[:at] + section + block[at:]).replace(NOT_MEASURED, MEASURED)
+    block = block[:at] + section + block[at:]
+    for sentence in NOT_MEASURED.values():
+        block = block.replace(f"- {sentence}", MEASURED)
     _write_card(path, metadata, text[:start] + block + text[end:])
     return path
 
 
-def _pipeline(folder: Path) -> tuple[str | None, bool]:
-    """Class of the pipeline that is saved in the folder, None if there is none, and whether its code is there too."""
-    if not (folder / "model_index.json").is_file():
-        return None, False
-    name = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))["_class_name"]
-    return (name[-1], True) if isinstance(name, list) else (name, False)
-
-
-def _network(folder: Path) -> dict[str, Any]:
-    """The configuration of the saved pipeline's network; empty where there is none of that name."""
-    paths = [folder / part / "config.json" for part in ("unet", "generator")]
-    return next((json.loads(path.read_text(encoding="utf-8")) for path in paths if path.is_file()), {})
-
-
-def _call(pipeline_class: str | None, network: dict[str, Any], class_names: list[str] | None) -> str:
-    """A call of the pipeline that works as it stands."""
-    if pipeline_class not in ("ClassifierFreeGuidancePipeline", "DDGANPipeline"):
-        return "image = pipe(generator=torch.Generator().manual_seed(0)).images[0]"
-    labels = class_names or range(network.get("num_class_embeds") or 0)
-    labels = list(labels)[:4]
-    count = len(labels) or 4
-    arguments = f"class_labels={json.dumps(labels, ensure_ascii=False)}" if labels else f"batch_size={count}"
-    if labels and network.get("null_class"):
-        arguments += ", guidance_scale=1.5"
-    seeds = f"generators = [torch.Generator().manual_seed(seed) for seed in range({count})]"
-    return f"{seeds}\nimages = pipe({arguments}, generator=generators).images"
+def _copy_figures(folder: Path, figures: Mapping[str | os.PathLike, str]) -> dict[str, str]:
+    """Put pictures into `figures/` of the folder; captions by their names there."""
+    captions = {}
+    for source, caption in figures.items():
+        target = folder / "figures" / Path(source).name
+        target.parent.mkdir(exist_ok=True)
+        half_written = target.with_name(f".{target.name}.{os.getpid()}")
+        shutil.copyfile(source, half_written)
+        os.replace(half_written, target)
+        captions[target.relative_to(folder).as_posix()] = caption
+    return captions
 
 
 def _metadata(
@@ -162,14 +178,14 @@ def _metadata(
     results: list[dict[str, Any]],
     tags: Sequence[str],
     license: str | None,
-    pipeline_class: str | None,
+    is_pipeline: bool,
     has_code: bool,
-    images: Sequence[str] = (),
+    captions: Mapping[str, str] | None = None,
 ) -> ModelCardData:
-    dataset = _hub_id(config)
+    dataset = hub_data_set(config)
     evaluations = [
         EvalResult(
-            task_type=PIPELINE_TAG if pipeline_class else "image-classification",  # a model alone is a classifier
+            task_type=PIPELINE_TAG if is_pipeline else "image-classification",  # a model alone is a classifier
             dataset_type=dataset or "custom",
             dataset_name=str(data.get("name") or dataset or "training data"),
             metric_type=re.sub(r"[^a-z0-9]+", "-", result["name"].lower()).strip("-"),
@@ -184,17 +200,19 @@ def _metadata(
     ]
     return ModelCardData(
         library_name="diffusers",
-        pipeline_tag=PIPELINE_TAG if pipeline_class else None,
+        pipeline_tag=PIPELINE_TAG if is_pipeline else None,
         license=license,
         datasets=[dataset] if dataset else None,
         tags=["hf_diffusion", *(["custom_code"] if has_code else []), *tags],
         model_name=title if evaluations else None,
         eval_results=evaluations or None,
-        widget=[{"text": "samples", "output": {"url": image}} for image in images] or None,  # the Hub's gallery
+        # the Hub's gallery
+        widget=[{"text": text or "samples", "output": {"url": name}} for name, text in (captions or {}).items()]
+        or None,
     )
 
 
-def _hub_id(config: dict[str, Any]) -> str | None:
+def hub_data_set(config: dict[str, Any]) -> str | None:
     """The data set's id on the Hub; None for the embedded digits and for data of one's own."""
     name = config.get("dataset_name")
     is_id = isinstance(name, str) and re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) and not Path(name).exists()
@@ -208,63 +226,6 @@ def _results(metrics: dict[str, Any] | None) -> list[dict[str, Any]]:
         value, protocol = given.pop("value"), given.pop("protocol", "")
         results.append({"name": name, "value": float(value), "protocol": protocol, "details": given})
     return results
-
-
-def _summary(kind: str, data: dict[str, Any], training: dict[str, Any]) -> str:
-    text = f"A {kind}"
-    if data.get("size"):
-        text += f" of {'x'.join(map(str, data['size']))} images"
-    if training.get("parameters"):
-        text += f" with {_readable_count(training['parameters'])} parameters"
-    text += ", trained with hf_diffusion"
-    text += f" on {data['name']}" if data.get("name") else ""
-    return text + (f" for {training['steps']:,} steps." if training.get("steps") else ".")
-
-
-def _tables(data: dict[str, Any], training: dict[str, Any]) -> list[tuple[str, list[tuple[str, str]]]]:
-    """Heading and rows of each table that has any."""
-    run = _rows(training)
-    if training.get("wall_time_s") is not None:
-        run.append(("wall time", _readable_time(training["wall_time_s"])))
-    if training.get("git_commit"):
-        changed = ", with uncommitted changes" if training.get("git_dirty") else ""
-        repository = f" of {training['git_repository']}" if training.get("git_repository") else ""
-        run.append(("git commit", f"`{training['git_commit']}`{repository}{changed}"))
-    versions = [(name, str(version)) for name, version in training.get("versions", {}).items()]
-    return [(heading, rows) for heading, rows in [("run", run), ("data", _rows(data)), ("versions", versions)] if rows]
-
-
-def _rows(facts: dict[str, Any]) -> list[tuple[str, str]]:
-    shown = {name: value for name, value in facts.items() if value not in (None, [], {}) and name not in NOT_IN_TABLES}
-    return [
-        (_cell(name.replace("_", " ")), _cell(value)) for name, value in shown.items() if not isinstance(value, dict)
-    ]
-
-
-def _cell(value: Any) -> str:
-    """A value as one cell of a Markdown table."""
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    if isinstance(value, list | tuple):
-        return ", ".join(map(_cell, value))
-    text = f"{value:,}" if isinstance(value, int) else f"{value:.6g}" if isinstance(value, float) else str(value)
-    return " ".join(text.replace("|", "\\|").split())
-
-
-def _class_names(names: list[str] | None) -> str:
-    shown = ", ".join(
-        f"{number} {name}" if str(number) != name else name for number, name in enumerate((names or [])[:40])
-    )
-    return f"{shown}, and {len(names) - 40} more" if names and len(names) > 40 else shown
-
-
-def _readable_count(count: int) -> str:
-    return f"{count / 1e6:.1f} M" if count >= 1e6 else f"{count:,}"
-
-
-def _readable_time(seconds: float) -> str:
-    hours, minutes = divmod(round(seconds / 60), 60)
-    return f"{hours} h {minutes} min" if hours else f"{minutes} min" if seconds >= 120 else f"{seconds:.0f} s"
 
 
 def _merge_into(path: Path, card: ModelCard) -> Path:

@@ -76,17 +76,21 @@ class SelfContainedMixin:
         """Write weights, configurations and code, so that `DiffusionPipeline.from_pretrained` needs no package.
 
         Every file appears whole, the index last; other files of an existing folder stay. With `push_to_hub=True` the
-        remaining arguments (`repo_id`, `private`, `token`, `commit_message`, ...) are those of `push_to_hub`.
+        remaining arguments (`repo_id`, `private`, `token`, `commit_message`, ...) are those of `push_to_hub`. Raises ValueError for
+        `safe_serialization=False`: weights are written as safetensors, since a pickle can run code when it is read.
         """
+        if not safe_serialization:
+            raise ValueError(
+                "safe_serialization=False would write a pickle, which can run code when it is read; leave it out"
+            )
         target = Path(save_directory)
         if target.exists() and not target.is_dir():
             raise ValueError(f"save_directory must be a folder, but {str(target)!r} is a file; choose another name")
         inside = target if target.is_dir() else target.absolute().parent  # the same file system, and surely writable
         staging = inside / f".saving-{uuid.uuid4().hex}"
         staging.mkdir(parents=True)
-        options = {"safe_serialization": safe_serialization, "variant": variant}
         try:
-            super().save_pretrained(staging, max_shard_size=max_shard_size, **options)
+            super().save_pretrained(staging, max_shard_size=max_shard_size, variant=variant)
             self._write_code(staging)
             if target.is_dir():
                 _move_into(staging, target, self.config_name)
@@ -95,7 +99,7 @@ class SelfContainedMixin:
         finally:
             shutil.rmtree(staging, ignore_errors=True)
         if push_to_hub:
-            self.push_to_hub(kwargs.pop("repo_id", target.name), **options, **kwargs)
+            self.push_to_hub(kwargs.pop("repo_id", target.name), variant=variant, **kwargs)
 
     def _write_code(self, folder: Path) -> None:
         """Put each class's file where diffusers looks for it and name the files in the index."""
@@ -123,14 +127,19 @@ class SelfContainedMixin:
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs):
         """Load a folder or repository with the installed package's classes; code in the repository is never run.
 
-        Takes the arguments of `DiffusionPipeline.from_pretrained` and `subfolder` of the repository. Raises ValueError for
-        a class that the package does not have.
+        Takes the arguments of `DiffusionPipeline.from_pretrained`, `subfolder` of the repository, and `verify=True`, which compares what
+        was fetched with the Hub's checksums. Raises ValueError for a class that the package does not have and for
+        `use_safetensors=False`, OSError for files that are missing or damaged.
         """
         if not IN_PACKAGE:  # this class came from a repository: the stock loader, which asks for trust_remote_code
             return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+        if kwargs.pop("use_safetensors", None) is False:
+            raise ValueError(
+                "use_safetensors=False would read a pickle, which can run code; save the pipeline as safetensors"
+            )
         download = importlib.import_module("hf_diffusion.hub.loading").download_pipeline
         folder = download(pretrained_model_name_or_path, kwargs)
-        pipe = super().from_pretrained(folder, **{**kwargs, "trust_remote_code": False})
+        pipe = super().from_pretrained(folder, **{**kwargs, "trust_remote_code": False, "use_safetensors": True})
         pipe.register_to_config(_name_or_path=str(pretrained_model_name_or_path))
         return pipe
 

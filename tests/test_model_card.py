@@ -9,10 +9,21 @@ import torch
 import yaml
 from huggingface_hub import ModelCard, metadata_load
 
-from hf_diffusion import ADMUNet2DModel, ClassifierFreeGuidancePipeline, DDIMEtaScheduler
+from hf_diffusion import (
+    ADMClassifier,
+    ADMUNet2DModel,
+    ClassifierFreeGuidancePipeline,
+    ClassifierGuidancePipeline,
+    DDGANGenerator,
+    DDGANPipeline,
+    DDGANScheduler,
+    DDIMEtaScheduler,
+)
+from hf_diffusion.citations import citations
 from hf_diffusion.config.training import TrainingConfig, config_to_dict, parse_config
 from hf_diffusion.environment import environment
-from hf_diffusion.model_card import END, START, write_model_card
+from hf_diffusion.hub.card_merge import name_repository
+from hf_diffusion.model_card import END, START, NearestImages, update_card_results, write_model_card
 
 
 NAMES = ["T-shirt/top", "Trouser", 'the "Bag"', "Sandal", "Coat"]
@@ -45,7 +56,8 @@ def folder(tmp_path):
     """What a saved pipeline looks like to the card."""
     folder = tmp_path / "boots"
     (folder / "unet").mkdir(parents=True)
-    index = {"_class_name": ["pipeline_classifier_free_guidance", "ClassifierFreeGuidancePipeline"]}
+    names = dict(enumerate(NAMES))
+    index = {"_class_name": ["pipeline_classifier_free_guidance", "ClassifierFreeGuidancePipeline"], "id2label": names}
     (folder / "model_index.json").write_text(json.dumps(index))
     (folder / "unet" / "config.json").write_text(json.dumps({"num_class_embeds": 5, "null_class": True}))
     for name in ("samples.png", "loss.png"):
@@ -56,6 +68,10 @@ def folder(tmp_path):
 def card_of(folder, **changes):
     arguments = {"config": settings(), "data": DATA, "training": RUN, "images": ["samples.png"], "curve": "loss.png"}
     return write_model_card(folder, **{**arguments, **changes}).read_text()
+
+
+def headings(card):
+    return [line[3:] for line in card.splitlines() if line.startswith("## ")]
 
 
 def code_blocks(card):
@@ -73,12 +89,14 @@ def test_the_card_shows_pictures_use_reproduction_and_limits(folder):
         "| images seen | 192,000 |",
     ]:
         assert expected in card
-    assert [line for line in card.splitlines() if line.startswith("## ")] == [
-        "## Use",
-        "## Training curve",
-        "## Reproduce",
-        "## Limits",
-    ]
+    assert headings(card) == ["Training curve", "Use", "Reproduce", "Limits"]
+    everything = card_of(
+        folder, metrics={"FD": 1.0}, citations=["@misc{a}"], nearest=NearestImages("loss.png", "Far away.")
+    )
+    assert headings(everything) == ["Results", "Training curve", "Use", "Reproduce", "Limits", "Citation"]
+    limits = everything.split("## Limits")[1]
+    assert "- Far away." in limits and "](loss.png)" in limits and "@misc{a}" in limits
+    assert "has not been measured" not in limits
     assert sorted(path.name for path in folder.iterdir()) == [
         "README.md",
         "loss.png",
@@ -135,6 +153,110 @@ def test_results_stand_in_table_and_model_index_with_their_protocol(folder):
     assert (second.metric_name, second.metric_value, second.metric_args) == ("recall", 0.75, None)
 
 
+def test_a_protocol_that_many_results_share_stands_in_the_table_once_and_in_the_model_index_for_each(folder):
+    metrics = {name: {"value": 1.0, "protocol": PROTOCOL} for name in ("FD", "KD")} | {
+        "loss": {"value": 2.0, "protocol": "x"}
+    }
+    card = card_of(folder, metrics=metrics)
+    table = card.split("## Results")[1].split("## ")[0]
+    assert table.count(PROTOCOL) == 1 and "| KD | 1 | as above |" in table and "| loss | 2 | x |" in table
+    results = ModelCard.load(folder / "README.md").data.eval_results
+    assert [result.metric_args["protocol"] for result in results] == [PROTOCOL, PROTOCOL, "x"]
+
+
+def test_later_results_come_with_their_figures_which_later_ones_keep(folder, tmp_path):
+    card_of(folder)
+    for name in ("sweep.png", "bound.png"):
+        (tmp_path / name).write_bytes(name.encode())
+    update_card_results(folder, {"FD": 1.0}, "digits", {tmp_path / "sweep.png": "Quality against steps"})
+    update_card_results(
+        folder, {"bpd": {"value": 3.0, "protocol": PROTOCOL}}, "digits", {tmp_path / "bound.png": "The bound"}
+    )
+    card = (folder / "README.md").read_text()
+    results = card.split("## Results")[1].split("## ")[0]
+    for name, caption in (("sweep.png", "Quality against steps"), ("bound.png", "The bound")):
+        assert f"](figures/{name})" in results and f"*{caption}.*" in results
+        assert (folder / "figures" / name).read_bytes() == name.encode()
+    assert "| FD | 1 |" in results and "| bpd | 3 |" in results
+    assert headings(card) == ["Results", "Training curve", "Use", "Reproduce", "Limits"]
+    assert "has not been measured.\n-" not in card.split("## Limits")[1].split("Whether")[0]
+    task = ModelCard.load(folder / "README.md").data.eval_results[0].task_type
+    assert task == "unconditional-image-generation"
+
+
+def test_nothing_that_a_run_knows_is_taken_for_a_template_or_breaks_a_table(folder):
+    data = {
+        "name": "{{ 7 * 7 }} {% for %}",
+        "remarks": ["a | b"],
+        "license": "{{ config }}",
+        "considerations": ["{{ self }}"],
+    }
+    card = card_of(folder, data=data, citations=["@misc{{{ 1 }}}"])
+    assert "on {{ 7 * 7 }} {% for %} for" in card and "49" not in card and "| remarks | a \\| b |" in card
+    assert "> {{ self }}" in card and "@misc{{{ 1 }}}" in card
+
+
+def test_captions_stand_under_the_pictures_and_in_the_gallery(folder):
+    card = card_of(folder, images={"samples.png": "One row a class"})
+    assert "](samples.png)\n\n*One row a class.*\n" in card
+    assert metadata_load(folder / "README.md")["widget"] == [
+        {"text": "One row a class", "output": {"url": "samples.png"}}
+    ]
+
+
+def test_energy_is_on_the_card_where_it_was_read(folder):
+    assert "energy" not in card_of(folder, training={**RUN, "energy": {}})
+    both = {"CPU packages (RAPL)": 1.8e6, "GPUs (NVML)": 7.2e6}
+    card = card_of(folder, training={**RUN, "energy": both})
+    assert "| energy | 2.5 kWh: 0.5 kWh CPU packages (RAPL), 2 kWh GPUs (NVML) |" in card
+
+
+def test_licence_biases_and_limits_of_the_data_are_quoted_with_their_place(folder):
+    facts = {"license": "mit", "data_card": "https://x.y/z", "considerations": ["Only one studio.", "Few shoes."]}
+    card = card_of(folder, data={**DATA, **facts})
+    assert "- Licence of the training data: mit, as stated by https://x.y/z." in card
+    assert "(from https://x.y/z):\n\n  > Only one studio.\n\n  > Few shoes.\n" in card
+    assert "considerations" not in card and "| data card" not in card
+
+
+METHODS = {
+    "ddpm": ("ddpm", settings(), {"ho2020denoising", "dhariwal2021diffusion"}),
+    "what the settings use": (
+        "ddpm",
+        {"sampler": "ddim", "beta_schedule": "squaredcos_cap_v2", "class_conditional": True, "label_dropout": 0.1}
+        | {"prediction_type": "v_prediction", "loss_weighting": "min_snr", "rescale_betas_zero_snr": True},
+        {"ho2020denoising", "dhariwal2021diffusion", "song2021denoising", "nichol2021improved", "ho2022classifier"}
+        | {"salimans2022progressive", "hang2023efficient", "lin2024common"},
+    ),
+    "ddgan": (
+        "ddgan",
+        {"divergence": "js", "r1_gamma": None},
+        {"xiao2022tackling", "song2021score", "mescheder2018which"},
+    ),
+    "wasserstein": (
+        "ddgan",
+        {"divergence": "wasserstein", "r1_gamma": 0, "wgan_gp": 10, "spectral_norm": True},
+        {
+            "xiao2022tackling",
+            "song2021score",
+            "arjovsky2017wasserstein",
+            "gulrajani2017improved",
+            "miyato2018spectral",
+        },
+    ),
+}
+
+
+@pytest.mark.parametrize(("method", "config", "keys"), METHODS.values(), ids=METHODS)
+def test_the_papers_of_what_a_run_has_used_are_cited_and_no_others(method, config, keys):
+    entries = citations(method, config)
+    assert {re.match(r"@\w+\{(\w+),", entry)[1] for entry in entries} == keys
+    for entry in entries:
+        assert entry.count("{") == entry.count("}") and all(
+            field in entry for field in ("title=", "author=", "year=", "eprint=")
+        )
+
+
 def test_a_result_that_is_not_finite_stays_out_of_the_model_index(folder):
     assert "| FD | inf |" in card_of(folder, metrics={"FD": math.inf})
     assert "model-index" not in metadata_load(folder / "README.md")
@@ -164,7 +286,7 @@ def test_an_unconditional_model_of_labelled_data_is_not_called_class_conditional
     assert "batch_size=4" in card
 
 
-def test_a_folder_without_a_pipeline_gets_no_use_section(folder):
+def test_a_folder_without_a_known_model_gets_no_use_section(folder):
     (folder / "model_index.json").unlink()
     card = card_of(folder, kind="noise-aware classifier", tags=["classifier"])
     assert "## Use" not in card and "noise-aware classifier of 28x28 images" in card
@@ -180,19 +302,72 @@ def test_a_stock_pipeline_is_loaded_from_diffusers_without_trust(folder):
     assert "custom_code" not in metadata_load(folder / "README.md")["tags"]
 
 
-def test_the_code_on_the_card_runs_as_it_stands(tmp_path, monkeypatch):
-    torch.manual_seed(0)
-    unet = ADMUNet2DModel(
+def small_unet(classes: bool) -> ADMUNet2DModel:
+    return ADMUNet2DModel(
         sample_size=8, in_channels=1, out_channels=1, model_channels=32, channel_mult=(1,), num_res_blocks=1,
-        attention_resolutions=(), num_class_embeds=5, null_class=True,
+        attention_resolutions=(), **({"num_class_embeds": 5, "null_class": True} if classes else {}),
     )  # fmt: skip
-    pipe = ClassifierFreeGuidancePipeline(unet=unet, scheduler=DDIMEtaScheduler(), id2label=dict(enumerate(NAMES)))
+
+
+def small_classifier() -> ADMClassifier:
+    schedule = {"num_train_timesteps": 1000, "beta_schedule": "linear"}
+    return ADMClassifier(
+        sample_size=8, in_channels=1, num_classes=5, model_channels=32, channel_mult=(1,), num_res_blocks=1, attention_resolutions=(),
+        num_head_channels=32, id2label=dict(enumerate(NAMES)), noise_schedule=schedule,
+    )  # fmt: skip
+
+
+def small_generator(classes: bool) -> DDGANGenerator:
+    labels = {"num_class_embeds": 5} if classes else {}
+    return DDGANGenerator(
+        sample_size=8, in_channels=1, model_channels=8, channel_mult=(1, 2), num_res_blocks=1, **labels
+    )
+
+
+names = dict(enumerate(NAMES))
+PIPELINES = {
+    "class-conditional": lambda: ClassifierFreeGuidancePipeline(small_unet(True), DDIMEtaScheduler(), id2label=names),
+    "unconditional": lambda: ClassifierFreeGuidancePipeline(small_unet(False), DDIMEtaScheduler()),
+    "guided by a classifier": lambda: ClassifierGuidancePipeline(
+        small_unet(False), small_classifier(), DDIMEtaScheduler()
+    ),
+    "guided by nothing yet": lambda: ClassifierGuidancePipeline(small_unet(True), None, DDIMEtaScheduler()),
+    "few steps": lambda: DDGANPipeline(small_generator(True), DDGANScheduler(4), id2label=names),
+    "few steps, no classes": lambda: DDGANPipeline(small_generator(False), DDGANScheduler(2)),
+}
+
+
+@pytest.mark.parametrize("make", PIPELINES.values(), ids=PIPELINES)
+def test_the_code_on_the_card_runs_as_it_stands(tmp_path, monkeypatch, make):
+    torch.manual_seed(0)
+    pipe = make()
     pipe.save_pretrained(tmp_path / "boots")
-    code = code_blocks(card_of(tmp_path / "boots", images=[], curve=None))[1]
+    stock, installed = code_blocks(card_of(tmp_path / "boots", images=[], curve=None))
+    assert ("class_labels" in installed) == (pipe.num_classes is not None)
+    assert stock.split(")\n", 1)[1].splitlines()[-1] == installed.splitlines()[-1]  # the same call in both forms
+    monkeypatch.chdir(tmp_path)
+    names = {}
+    exec(installed, names)
+    assert type(names["pipe"]) is type(pipe) and [image.size for image in names["images"]] == [(8, 8)] * 4
+
+
+def test_the_card_of_a_classifier_guides_a_diffusion_model_with_it(tmp_path, monkeypatch):
+    torch.manual_seed(0)
+    small_classifier().save_pretrained(tmp_path / "judge")
+    PIPELINES["unconditional"]().save_pretrained(tmp_path / "runs" / "diffusion")
+    card = card_of(tmp_path / "judge", images=[], curve=None, kind="classifier of noisy images")
+    assert "(beta_schedule='linear', num_train_timesteps=1000)" in card and "0 T-shirt/top, 1 Trouser" in card
+    assert "The quality of the samples" not in card and "pipeline_tag" not in metadata_load(
+        tmp_path / "judge/README.md"
+    )
+    (code,) = code_blocks(card)
     monkeypatch.chdir(tmp_path)
     names = {}
     exec(code, names)
-    assert [image.size for image in names["images"]] == [(8, 8)] * 4
+    assert isinstance(names["pipe"], ClassifierGuidancePipeline) and len(names["images"]) == 4
+    renamed = name_repository(card, "me/judge", "v1")
+    assert 'ADMClassifier.from_pretrained("me/judge", revision="v1")' in renamed
+    assert "ClassifierGuidancePipeline.from_pretrained(diffusion_model," in renamed  # that is another repository
 
 
 def test_text_outside_the_markers_survives_a_second_run_and_text_inside_is_renewed(folder):

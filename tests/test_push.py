@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -173,21 +174,97 @@ def test_a_fault_on_the_way_ends_in_one_commit_one_tag_and_the_persons_text(api,
     }
 
 
-def test_a_refused_upload_is_sent_again(api, repo, folder):
-    where = "PUT /storage/" if not api.server.xet else "POST .*/(xorb|shard)s?/"
-    api.server.faults.add(match=where, action="status", status=403 if not api.server.xet else 503)
-    push(Push(pushable_files(folder), repo), api, SOON)
+def status(code: int, **more) -> dict:
+    return {"action": "status", "status": code, "headers": {"Retry-After": "0"}, **more}
+
+
+# What stands between the first question and the commit differs between the two ways of sending large files.
+UPLOADS = {
+    "lfs": {
+        "how to send, answered 500": {"match": "POST .*/preupload/", **status(500)},
+        "where to send, answered 503": {"match": "objects/batch", **status(503)},
+        "storage answers 429": {"match": "PUT /storage/", **status(429)},
+        "storage answers 500": {"match": "PUT /storage/", **status(500)},
+        "address expired, 403": {"match": "PUT /storage/", "action": "status", "status": 403},
+        "storage hangs up": {"match": "PUT /storage/", "action": "drop"},
+        "storage resets after taking it": {"match": "PUT /storage/", "action": "drop", "when": "after", "rst": True},
+        "storage hangs up halfway": {"match": "PUT /storage/", "action": "cut_upload", "at": 30_000},
+        "damaged on the way": {"match": "PUT /storage/", "action": "corrupt_upload", "at": 30_000},
+    },
+    "xet": {
+        "token answered 503": {"match": "xet-write-token", **status(503)},
+        "storage answers 429": {"match": "POST /xet/v1/xorbs", **status(429)},
+        "storage answers 500": {"match": "POST /xet/v1/xorbs", **status(500)},
+        "storage hangs up": {"match": "POST /xet/v1/xorbs", "action": "drop"},
+        "storage hangs up halfway": {"match": "POST /xet/v1/xorbs", "action": "cut_upload", "at": 30_000},
+        "list of chunks answered 503": {"match": "POST /xet/v1/shards", **status(503)},
+        "list of chunks taken, connection lost": {"match": "POST /xet/v1/shards", "action": "drop", "when": "after"},
+    },
+}
+
+
+@pytest.mark.parametrize(
+    "fault, api", [(fault, way) for way, faults in UPLOADS.items() for fault in faults], indirect=["api"]
+)
+def test_a_fault_while_weights_are_sent_ends_in_one_commit_of_these_weights(api, repo, folder, tmp_path, fault):
+    weights = folder / "unet/diffusion_pytorch_model.safetensors"
+    weights.write_bytes(os.urandom(80_000))  # new to the storage, too
+    api.server.faults.add(**UPLOADS["xet" if api.server.xet else "lfs"][fault])
+    push(Push(pushable_files(folder), repo, tag="v1"), api, SOON)
+    assert api.server.faults.rules[0].count == 0, "the fault was never met"
     assert commits(api, repo) == 1
+    assert contents(api, repo, tmp_path, "v1")["unet/diffusion_pytorch_model.safetensors"] == weights.read_bytes()
 
 
-def test_a_commit_that_stalls_is_given_up_and_tried_again(lfs, repo, folder, monkeypatch):
+@pytest.mark.parametrize("where", ["POST .*/commit/", "PUT /storage/"])
+def test_a_request_that_stalls_is_given_up_and_tried_again(lfs, repo, folder, monkeypatch, where):
+    (folder / "unet/diffusion_pytorch_model.safetensors").write_bytes(os.urandom(50_000))
     monkeypatch.setitem(push_errors.TIMEOUTS, "read", 0.5)
-    lfs.server.faults.add(match=COMMIT, action="delay", seconds=1.5)
+    lfs.server.faults.add(match=where, action="delay", seconds=1.5)
     began = time.monotonic()
     push(Push(pushable_files(folder), repo), lfs, SOON)
-    assert time.monotonic() - began < 10
-    time.sleep(1.2)  # the stalled request is carried out late, on top of a parent that is no longer the head
+    assert lfs.server.faults.rules[0].count == 0 and time.monotonic() - began < 10
+    time.sleep(1.2)  # the stalled request is carried out late, a commit on top of a parent that is no longer the head
     assert commits(lfs, repo) == 1
+
+
+# In a process of its own, as in training: what has stalled in hf_xet holds up every later upload of its process.
+IMPATIENT = outbox.CHILD.replace(
+    "from hf_diffusion.hub.outbox",
+    "from hf_diffusion.hub import errors\nerrors.UPLOAD_TIME = 1.5\nfrom hf_diffusion.hub.outbox",
+)
+
+
+@pytest.mark.parametrize("where", ["POST /xet/v1/xorbs", "POST /xet/v1/shards"])
+def test_an_upload_that_stalls_by_xet_is_given_up_and_goes_by_lfs(
+    xet_hub, repo, folder, queued, monkeypatch, tmp_path, where
+):
+    api = connect(xet_hub, monkeypatch)
+    weights = folder / "unet/diffusion_pytorch_model.safetensors"
+    weights.write_bytes(os.urandom(50_000))
+    queued("one", "step-1")
+    xet_hub.faults.add(match=where, action="delay", seconds=3600)
+    command = [sys.executable, "-c", IMPATIENT, str(Path(outbox.__file__).parents[1]), str(folder)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0 and f"pushed to {api.endpoint}/{repo}" in done.stdout, done.stderr
+    assert xet_hub.faults.rules[0].count == 0 and commits(api, repo) == 1 and outbox.pending(folder) == []
+    assert contents(api, repo, tmp_path)["unet/weights.safetensors"] == weights.read_bytes()
+
+
+def test_a_wait_that_the_hub_asks_for_is_kept(lfs, repo, folder):
+    lfs.server.faults.add(match=COMMIT, **status(429) | {"headers": {"Retry-After": "2"}})
+    began = time.monotonic()
+    push(Push(pushable_files(folder), repo), lfs, SOON)
+    assert 2 <= time.monotonic() - began < 8 and commits(lfs, repo) == 1
+
+
+def test_without_a_network_a_push_ends_in_one_sentence_and_is_not_final(lfs, repo, folder):
+    nowhere = HfApi(endpoint="http://127.0.0.1:9", token=lfs.token)
+    with pytest.raises(PushError, match=r"did not get through in 1 s: ConnectError") as stopped:
+        push(Push(pushable_files(folder), repo), nowhere, Patience(1, 0.1, 0.3))
+    assert not stopped.value.final and "\n" not in str(stopped.value)
+    with pytest.raises(PushError, match="the Hub cannot be reached for alice/x: ConnectError"):
+        check_write_access("alice/x", api=nowhere)
 
 
 def test_a_file_damaged_on_the_way_is_found_by_its_checksum_and_sent_again(api, repo, folder, tmp_path, monkeypatch):
@@ -340,12 +417,14 @@ def test_examples_of_the_card_name_the_repository_and_the_tag():
 
 @pytest.fixture
 def queued(folder, repo):
-    def put(text: str, tag: str) -> None:
+    def put(text: str, tag: str, text_of_card: str | None = None) -> None:
         with outbox.new_entry(folder, tag, repo, f"message {tag}", tag, private=True) as files:
             outbox.link_or_copy(
                 folder / "unet/diffusion_pytorch_model.safetensors", files / "unet/weights.safetensors"
             )
             (files / "text").write_text(text)
+            if text_of_card is not None:
+                (files / "README.md").write_text(text_of_card)
 
     return put
 
@@ -375,23 +454,49 @@ def test_an_entry_that_could_not_be_filled_is_none(folder, queued, repo):
     assert [entry.name for entry in outbox.pending(folder)] == ["000003-step-2", "000004-step-3"]
 
 
-@pytest.mark.parametrize("where", ["PUT /storage/", COMMIT])
-def test_a_kill_while_pushing_leaves_the_old_revision_and_the_queue(lfs, repo, folder, queued, where):
-    lfs.create_repo(repo)
-    head = lfs.model_info(repo).sha
-    (folder / "unet/diffusion_pytorch_model.safetensors").write_bytes(os.urandom(50_000))  # new to the storage, too
-    queued("one", "step-1")
-    lfs.server.faults.add(match=where, action="delay", seconds=3600)
+# Every request of a push, in their order: a process that is killed while it waits for the answer was killed at that moment.
+UNTIL_THE_COMMIT = [
+    "POST /api/repos/create", "GET /api/models/[^/]+/[^/? ]+$", "GET .*/tree/", "GET .*/resolve/.*README", "validate-yaml", "preupload",
+]  # fmt: skip
+AFTER_IT = ["paths-info", "GET .*/refs", "POST .*/tag/"]
+BY_LFS = ["objects/batch", "PUT /storage/", COMMIT]
+BY_XET = ["xet-write-token", "POST /xet/v1/xorbs", "POST /xet/v1/shards", COMMIT]
+KILLS = [("lfs", where) for where in [*UNTIL_THE_COMMIT, *BY_LFS, *AFTER_IT]] + [("xet", where) for where in BY_XET]
+
+
+@pytest.mark.parametrize("api, where", KILLS, indirect=["api"])
+def test_a_kill_while_pushing_leaves_the_old_or_the_new_revision_and_the_queue(
+    api, repo, folder, queued, where, tmp_path
+):
+    api.create_repo(repo)
+    write_to_hub(api, repo, README_md=card("old", after="By a person."))
+    old, head = contents(api, repo, tmp_path), api.model_info(repo).sha
+    weights = folder / "unet/diffusion_pytorch_model.safetensors"
+    weights.write_bytes(os.urandom(50_000))  # new to the storage, too
+    queued("one", "step-1", card("new"))
+    new = {"text": b"one", "unet/weights.safetensors": weights.read_bytes()}
+
+    api.server.faults.add(match=where, action="delay", seconds=3600)
     sender = outbox.start_sending(folder)
     deadline = time.monotonic() + 60
-    while lfs.server.faults.rules[0].count and time.monotonic() < deadline:
+    while api.server.faults.rules[0].count and time.monotonic() < deadline:
         time.sleep(0.05)
-    assert lfs.server.faults.rules[0].count == 0
+    assert api.server.faults.rules[0].count == 0, (folder / "outbox/push.log").read_text()
     sender.send_signal(signal.SIGKILL)
     sender.wait()
-    assert lfs.model_info(repo).sha == head and len(outbox.pending(folder)) == 1
-    lfs.server.faults.clear()
-    assert len(list(outbox.push_pending(folder, lfs, SOON))) == 1 and commits(lfs, repo) == 1
+
+    api.server.faults.clear()
+    found, is_new = contents(api, repo, tmp_path), where in AFTER_IT
+    assert (api.model_info(repo).sha != head) == is_new and len(outbox.pending(folder)) == 1
+    assert "By a person." in found.pop("README.md").decode()
+    assert found == (new if is_new else {name: data for name, data in old.items() if name != "README.md"})
+    assert list(api.list_repo_refs(repo).tags) == []  # the tag is set last
+
+    (pushed,) = outbox.push_pending(folder, api, SOON)
+    assert commits(api, repo) == 2 and api.model_info(repo).sha == pushed.commit
+    assert [(tag.name, tag.target_commit) for tag in api.list_repo_refs(repo).tags] == [("step-1", pushed.commit)]
+    found = contents(api, repo, tmp_path)
+    assert found.pop("README.md").decode().count("By a person.") == 1 and found == new
 
 
 def test_only_one_process_sends(lfs, folder, queued):

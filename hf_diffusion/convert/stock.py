@@ -50,7 +50,8 @@ def pipeline_to_stock(
     that divides the training timesteps. `class_label` "none" takes the null class. ValueError says what cannot be expressed.
     """
     if not isinstance(pipe, ClassifierFreeGuidancePipeline) or not isinstance(pipe.unet, ADMUNet2DModel):
-        raise ValueError(f"a {type(pipe).__name__} with a {type(pipe.unet).__name__} has no counterpart in diffusers")
+        network = getattr(pipe, "unet", None) or getattr(pipe, "generator", None)
+        raise ValueError(f"a {type(pipe).__name__} with a {type(network).__name__} has no counterpart in diffusers")
     if not isinstance(pipe.scheduler, GaussianScheduler):
         raise ValueError(
             f"the scheduler is a {type(pipe.scheduler).__name__}, which no unconditional pipeline of diffusers takes"

@@ -2,10 +2,12 @@
 
 import json
 import re
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import TypeVar
 
-from huggingface_hub import set_client_factory
+from huggingface_hub import constants, set_client_factory
 from huggingface_hub.errors import (
     BadRequestError,
     GatedRepoError,
@@ -17,8 +19,12 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils._http import default_client_factory
 
 
+Result = TypeVar("Result")
 TRANSIENT = (408, 412, 425, 429, 500, 502, 503, 504)  # 412: somebody else's commit came first
 TIMEOUTS = {"connect": 15.0, "read": 120.0, "write": 120.0, "pool": 60.0}  # seconds without any progress
+# hf_xet has time limits of its own for large files, 300 s, and for the list of their chunks none at all (xet-core, pull request 685).
+UPLOAD_TIME = 600.0  # seconds for a commit with all its files, beside those that the files take at the slowest rate
+SLOWEST_RATE = 100_000  # bytes a second
 
 
 class PushError(RuntimeError):
@@ -49,6 +55,37 @@ def bounded_requests() -> Iterator[None]:
         yield
     finally:
         set_client_factory(default_client_factory)
+
+
+def within(seconds: float, call: Callable[[], Result]) -> Result:
+    """The result of `call()`; TimeoutError after so many seconds, with the call left behind in a thread that no exit waits for."""
+    ended: list[tuple[Result | None, BaseException | None]] = []
+
+    def run() -> None:
+        try:
+            ended.append((call(), None))
+        except BaseException as error:
+            ended.append((None, error))
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    if not ended:
+        raise TimeoutError(f"the upload has not ended in {seconds:.0f} s")
+    result, error = ended[0]
+    if error is not None:
+        raise error
+    return result
+
+
+@contextmanager
+def without_xet() -> Iterator[None]:
+    """Large files go by LFS, as with HF_HUB_DISABLE_XET=1: hf_xet queues behind an upload of this process that has stalled."""
+    former, constants.HF_HUB_DISABLE_XET = constants.HF_HUB_DISABLE_XET, True
+    try:
+        yield
+    finally:
+        constants.HF_HUB_DISABLE_XET = former
 
 
 def _bound(request) -> None:

@@ -10,6 +10,7 @@ INDEX = "model_index.json"
 CHECKPOINT = "last-checkpoint"  # in the repository; pushed only where `--hub_strategy checkpoint` asks for it
 ROOT_FILES = ("README.md", "LICENSE", "LICENSE.md", "config.yaml", "metrics.json", "loss_curve.png")
 PART_FILES = ("*.json", "*.safetensors", "*.txt", "*.py")  # of a component; no pickle, whatever its name
+NO_TEXT = (".safetensors", ".bin", ".pkl")  # the last two in a checkpoint only
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".gif")
 GRID = re.compile(r"samples/(ema|raw)-\d+\.png")
 NAME = re.compile(r"[A-Za-z]\w*")  # of a component or a module; an index may come from anywhere, and name "../.ssh"
@@ -32,12 +33,17 @@ def pushable_files(folder: Path) -> dict[str, Path]:
     names += [name for name in ROOT_FILES if (folder / name).is_file()]
     names += _pictures_in_card(folder)
     files = {name: folder / name for name in dict.fromkeys(names)}
-    for path in files.values():
-        if path.suffix != ".safetensors" and path.suffix not in PICTURES and TOKEN.search(_text(path)):
+    refuse_tokens(files.values())
+    return files
+
+
+def refuse_tokens(files: Iterable[Path]) -> None:
+    """ValueError for a text, among files that are about to be shared, that holds what looks like a token of the Hub."""
+    for path in files:
+        if path.suffix not in (*NO_TEXT, *PICTURES) and TOKEN.search(_text(path)):
             raise ValueError(
                 f"{path} holds what looks like a token of the Hub; take it out, and revoke it if it was public"
             )
-    return files
 
 
 def checkpoint_files(checkpoint: Path) -> dict[str, Path]:

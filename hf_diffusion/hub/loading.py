@@ -4,6 +4,7 @@ import importlib
 import json
 import math
 import os
+import re
 from pathlib import Path
 
 from diffusers import DiffusionPipeline, ModelMixin, SchedulerMixin
@@ -15,10 +16,14 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
+from hf_diffusion.hub.download import fetch_and_verify, patiently, verify_download
+
 
 INDEX = DiffusionPipeline.config_name
 LIBRARIES = ("diffusers", "transformers")  # parts of these are loaded from there, whatever the package has
-NOT_WEIGHTS = ["*.py", "*.ckpt", "*.h5", "*.msgpack", "*.onnx", "*.pkl", "*.pt", "*.pth"]
+# Weights are read as safetensors only: a pickle can run code when it is read.
+NOT_FETCHED = ["*.py", "*.bin", "*.ckpt", "*.h5", "*.msgpack", "*.onnx", "*.pkl", "*.pt", "*.pth"]
+NAME = re.compile(r"[A-Za-z]\w*")  # of a part; an index may come from anywhere, and name "../.ssh"
 WHERE = ("subfolder", "revision", "token", "cache_dir", "local_files_only", "force_download")
 
 
@@ -50,6 +55,18 @@ def name_package_classes(index: dict) -> None:
         index[name] = [found.__module__, found.__name__]
 
 
+def read_index(file: Path) -> dict:
+    """The index of a pipeline; ValueError for a file that is none."""
+    try:
+        index = json.loads(file.read_text(encoding="utf-8"))
+        index_class_name(index)
+    except (ValueError, TypeError, KeyError, IndexError) as error:
+        raise ValueError(
+            f"{file} is damaged or no index of a pipeline ({error}); save or fetch the pipeline again"
+        ) from error
+    return index
+
+
 def index_class_name(index: dict) -> str:
     """The pipeline's class name; shipped code makes the entry a list of file and class."""
     name = index["_class_name"]
@@ -72,7 +89,8 @@ def find_index(
     if repo_id.count("/") > 1 or repo_id.startswith((".", "/", "~")):
         raise ValueError(f"{repo_id!r} is neither a folder here nor a name of the form 'user/repository' on the Hub")
     try:
-        return Path(hf_hub_download(repo_id, INDEX, subfolder=subfolder, revision=revision, **where))
+        options = {"subfolder": subfolder, "revision": revision, **where}
+        return Path(patiently(lambda: hf_hub_download(repo_id, INDEX, **options)))
     except LocalEntryNotFoundError as error:  # before EntryNotFoundError, of which it is a kind
         raise OSError(f"the Hub could not be asked for {repo_id!r}, and it is not in the cache") from error
     except RevisionNotFoundError as error:
@@ -91,44 +109,66 @@ def download_pipeline(name_or_path: str | os.PathLike, options: dict) -> Path:
     """The local folder of a pipeline, fetched from the Hub if it is no folder, without any code.
 
     Takes what says where to look out of `options`, the keyword arguments of a `from_pretrained` call: subfolder, revision,
-    token, cache_dir, local_files_only, force_download. Parts that `options` holds are not fetched.
+    token, cache_dir, local_files_only, force_download; and `verify`, which compares all files with the Hub's checksums. Parts that `options`
+    holds are not fetched. OSError where files are missing, or damaged also when fetched again.
     """
     where = {key: options.pop(key) for key in WHERE if key in options}
+    verify = options.pop("verify", False)
+    if verify and os.path.isdir(name_or_path):
+        raise ValueError(
+            f"verify compares a download with the Hub, but {str(name_or_path)!r} is a folder here; leave it out"
+        )
     index_file = find_index(name_or_path, **where)
     if os.path.isdir(name_or_path):
         return index_file.parent
-    index = json.loads(index_file.read_text(encoding="utf-8"))
+    index = read_index(index_file)
     parts = [
-        name for name, entry in index.items() if isinstance(entry, list) and name[0] != "_" and name not in options
+        name
+        for name, entry in index.items()
+        if NAME.fullmatch(name) and isinstance(entry, list) and entry[:1] != [None] and name not in options
     ]
     subfolder = where.pop("subfolder", None)
     prefix = f"{subfolder}/" if subfolder else ""
-    ignored = NOT_WEIGHTS if options.get("use_safetensors") is False else [*NOT_WEIGHTS, "*.bin"]
+    ignored = NOT_FETCHED
     if options.get("variant") is None:
         ignored = ignored + [f"{prefix}{part}/*.*.safetensors" for part in parts]  # the variants
     commit = index_file.parents[prefix.count("/")].name  # so that a push in between cannot mix two versions
-    snapshot_download(
-        str(name_or_path),
-        allow_patterns=[f"{prefix}{part}/*" for part in parts],
-        ignore_patterns=ignored,
-        **{**where, "revision": commit},
-    )
+    patterns = {"allow_patterns": [f"{prefix}{part}/*" for part in parts], "ignore_patterns": ignored}
+    try:
+        patiently(lambda: snapshot_download(str(name_or_path), **patterns, **{**where, "revision": commit}))
+    except LocalEntryNotFoundError:  # told below, in terms of the pipeline
+        pass
+    # While the Hub is out of reach, snapshot_download hands back whatever the cache has of a snapshot, without a word.
+    missing = [part for part in parts if not any((index_file.parent / part).glob("*.json"))]
+    if missing:
+        raise OSError(
+            f"{', '.join(missing)} of {str(name_or_path)!r} could not be fetched: the Hub cannot be reached and the cache has only a part of "
+            "this repository, or the repository itself lacks them"
+        )
+    if verify:
+        verify_download(str(name_or_path), commit, where.get("token"), where.get("cache_dir"))
     return index_file.parent
 
 
 def load_pipeline(name_or_path: str | os.PathLike, trust_remote_code: bool = False, **kwargs) -> DiffusionPipeline:
     """Load any pipeline: with this package's class if it has one of that name, else as diffusers does.
 
-    `kwargs` are those of `from_pretrained`. Only a pipeline that is foreign to the package needs `trust_remote_code`.
+    `kwargs` are those of `from_pretrained`, and `verify`. Only a pipeline that is foreign to the package needs `trust_remote_code`. Weights
+    are read as safetensors; those of a foreign one also otherwise with `use_safetensors=False`.
     """
     index_file = find_index(name_or_path, **{key: kwargs[key] for key in WHERE if key in kwargs})
-    own = package_class(index_class_name(json.loads(index_file.read_text(encoding="utf-8"))), DiffusionPipeline)
+    own = package_class(index_class_name(read_index(index_file)), DiffusionPipeline)
     if own is not None:
         return own.from_pretrained(name_or_path, **kwargs)
     if kwargs.get("subfolder"):
         raise ValueError(
             f"{index_file.parent} holds a pipeline of another package, for which diffusers has no subfolder"
         )
+    if kwargs.pop("verify", False):
+        fetch_and_verify(
+            str(name_or_path), **{k: kwargs[k] for k in ("revision", "token", "cache_dir") if k in kwargs}
+        )
+    kwargs = {"use_safetensors": True, **kwargs}
     return DiffusionPipeline.from_pretrained(name_or_path, trust_remote_code=trust_remote_code, **kwargs)
 
 
@@ -139,7 +179,7 @@ def describe_pipeline(name_or_path: str | os.PathLike, **where) -> dict:
     `where`: subfolder, revision, token, cache_dir, local_files_only.
     """
     index_file = find_index(name_or_path, **where)
-    index = json.loads(index_file.read_text(encoding="utf-8"))
+    index = read_index(index_file)
     subfolder = where.pop("subfolder", None)
     prefix = f"{subfolder}/" if subfolder else ""
     if os.path.isdir(name_or_path):

@@ -5,18 +5,21 @@ parts, so that a failure leaves half a push; a commit whose answer got lost has 
 """
 
 import hashlib
+import json
 import logging
 import random
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token, hf_hub_url
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard, get_token, hf_hub_url
 from huggingface_hub.errors import LocalTokenNotFoundError
 from huggingface_hub.hf_api import ModelInfo, RepoFile
 from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
 
+from hf_diffusion.hub import errors
 from hf_diffusion.hub.card_merge import merge_cards
 from hf_diffusion.hub.errors import (
     ChecksumMismatch,
@@ -26,6 +29,8 @@ from hf_diffusion.hub.errors import (
     in_one_sentence,
     is_transient,
     retry_after,
+    within,
+    without_xet,
 )
 from hf_diffusion.hub.files import is_stale
 
@@ -82,22 +87,25 @@ def push(what: Push, api: HfApi | None = None, patience: Patience = PATIENCE) ->
     """
     api = api or HfApi()
     began, wait = time.monotonic(), patience.first_wait
-    while True:
-        try:
-            with bounded_requests():
-                return _attempt(what, api)
-        except Exception as error:
-            if not is_transient(error):
-                raise PushError(in_one_sentence(error, what.repo_id), final=True) from error
-            pause = max(wait * random.uniform(0.5, 1), retry_after(error))
-            if time.monotonic() - began + pause > patience.deadline:
-                raise PushError(
-                    f"the push to {what.repo_id} did not get through in {patience.deadline:.0f} s: {brief(error)}",
-                    final=False,
-                ) from error
-            logger.info("the push to %s is tried again in %.1f s: %s", what.repo_id, pause, brief(error))
-            time.sleep(pause)
-            wait = min(2 * wait, patience.longest_wait)
+    with ExitStack() as way:
+        while True:
+            try:
+                with bounded_requests():
+                    return _attempt(what, api)
+            except Exception as error:
+                if isinstance(error, TimeoutError):
+                    way.enter_context(without_xet())
+                if not is_transient(error):
+                    raise PushError(in_one_sentence(error, what.repo_id), final=True) from error
+                pause = max(wait * random.uniform(0.5, 1), retry_after(error))
+                if time.monotonic() - began + pause > patience.deadline:
+                    raise PushError(
+                        f"the push to {what.repo_id} did not get through in {patience.deadline:.0f} s: {brief(error)}",
+                        final=False,
+                    ) from error
+                logger.info("the push to %s is tried again in %.1f s: %s", what.repo_id, pause, brief(error))
+                time.sleep(pause)
+                wait = min(2 * wait, patience.longest_wait)
 
 
 def check_write_access(repo_id: str, private: bool = True, api: HfApi | None = None) -> str:
@@ -112,6 +120,21 @@ def check_write_access(repo_id: str, private: bool = True, api: HfApi | None = N
     except Exception as error:
         raise PushError(in_one_sentence(error, repo_id), final=not is_transient(error)) from error
     return repo_id
+
+
+def check_license(license: str | None) -> None:
+    """ValueError for a licence that the Hub does not know, since it would refuse the card, and with it the model, at the end."""
+    if license is None:
+        return
+    try:
+        with bounded_requests():
+            ModelCard(f"---\nlicense: {json.dumps(license)}\n---\n").validate()
+    except ValueError as error:
+        raise ValueError(
+            f"hub_license {license!r} is none of the Hub's licences: {' '.join(str(error).split())}"
+        ) from error
+    except Exception as error:
+        raise PushError(in_one_sentence(error, "the card"), final=not is_transient(error)) from error
 
 
 def _attempt(what: Push, api: HfApi) -> Pushed:
@@ -132,7 +155,11 @@ def _attempt(what: Push, api: HfApi) -> Pushed:
     operations += [CommitOperationDelete(path) for path in there if is_stale(path, what.files)]
     commit = head.sha
     if operations:  # there are none if an earlier attempt arrived and only its answer was lost
-        commit = api.create_commit(repo_id, operations, commit_message=what.message, parent_commit=head.sha).oid
+        # A commit that is made after its time is over is found by the next attempt, or fails there since its parent is no longer the head.
+        commit = within(
+            errors.UPLOAD_TIME + sum(file.stat().st_size for file in what.files.values()) / errors.SLOWEST_RATE,
+            lambda: api.create_commit(repo_id, operations, commit_message=what.message, parent_commit=head.sha).oid,
+        )
         _compare(api, repo_id, commit, wanted)
     notes = [*_visibility_notes(what, head), *_set_tag(what, api, repo_id, commit)]
     return Pushed(repo_id, commit, f"{api.endpoint}/{repo_id}", tuple(notes))

@@ -13,9 +13,9 @@ from huggingface_hub.errors import RemoteEntryNotFoundError, RepositoryNotFoundE
 from hf_diffusion.checkpoints import BadCheckpoint, list_checkpoints, read_manifest
 from hf_diffusion.config.training import TrainingConfig
 from hf_diffusion.hub.errors import PushError, bounded_requests, in_one_sentence, is_transient
-from hf_diffusion.hub.files import CHECKPOINT, checkpoint_files, pushable_files
+from hf_diffusion.hub.files import CHECKPOINT, checkpoint_files, pushable_files, refuse_tokens
 from hf_diffusion.hub.outbox import drop_oldest, link_or_copy, new_entry, pending, start_sending
-from hf_diffusion.hub.push import check_write_access
+from hf_diffusion.hub.push import check_license, check_write_access
 from hf_diffusion.training_run import TrainingRun
 
 
@@ -32,6 +32,7 @@ def prepare_sharing(config: TrainingConfig) -> None:
         name = config.hub_model_id or Path(config.output_dir).resolve().name
         try:
             config.hub_model_id = check_write_access(name, private=not config.hub_public)
+            check_license(config.hub_license)
         except PushError as error:
             if error.final or "/" not in name:
                 raise ValueError(f"--push_to_hub: {error}") from error
@@ -164,6 +165,7 @@ class Sharing:
                 private=not config.hub_public,
             ) as folder:
                 stage(folder)
+                refuse_tokens(path for path in folder.rglob("*") if path.is_file())
             if dropped := drop_oldest(self.trainer.output_dir):
                 logger.warning("%s waited too long in the outbox and will not be pushed", ", ".join(dropped))
             self._send()
@@ -175,7 +177,8 @@ class Sharing:
         """Export the averaged weights of now with the newest grid, settings and card."""
         trainer = self.trainer
         trainer.export(trainer.shared_model(), folder)
-        for path in [trainer.output_dir / "config.yaml", *newest_grid(trainer.output_dir)]:
+        curve = [path for path in [trainer.output_dir / "loss_curve.png"] if path.is_file()]
+        for path in [trainer.output_dir / "config.yaml", *curve, *newest_grid(trainer.output_dir)]:
             link_or_copy(path, folder / path.relative_to(trainer.output_dir))
         self.write_card(folder)
         self._stage_checkpoint(folder)

@@ -1,6 +1,9 @@
 """Pipelines in diffusers' own classes: the same images, or the reason why not; OpenAI's checkpoints by the command."""
 
 import json
+import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -11,7 +14,11 @@ from safetensors.torch import save_file
 from hf_diffusion import (
     ADMUNet2DModel,
     ClassifierFreeGuidancePipeline,
+    ClassifierGuidancePipeline,
     CosineDDPMScheduler,
+    DDGANGenerator,
+    DDGANPipeline,
+    DDGANScheduler,
     DDIMEtaScheduler,
     LinearDDPMScheduler,
     cli,
@@ -124,6 +131,53 @@ REFUSED = [
 def test_what_stock_classes_cannot_express_is_refused_with_the_reason(scheduler, settings, label, reason):
     with pytest.raises(ValueError, match=reason):
         pipeline_to_stock(make_pipe(scheduler, **settings), label)
+
+
+def test_pipelines_that_diffusers_does_not_have_are_refused():
+    generator = DDGANGenerator(sample_size=8, in_channels=1, model_channels=8, channel_mult=(1, 2), num_res_blocks=1)
+    with pytest.raises(ValueError, match="a DDGANPipeline with a DDGANGenerator has no counterpart"):
+        pipeline_to_stock(DDGANPipeline(generator, DDGANScheduler(4)))
+    pipe = make_pipe(DDIMEtaScheduler())
+    with pytest.raises(ValueError, match="a ClassifierGuidancePipeline with a ADMUNet2DModel has no counterpart"):
+        pipeline_to_stock(ClassifierGuidancePipeline(pipe.unet, None, pipe.scheduler))
+
+
+WITHOUT_THE_PACKAGE = """
+import sys, numpy as np, torch
+sys.modules["hf_diffusion"] = None  # import hf_diffusion raises ModuleNotFoundError
+from diffusers import DiffusionPipeline
+folder, target, options = sys.argv[1], sys.argv[2], eval(sys.argv[3])
+pipe = DiffusionPipeline.from_pretrained(folder)
+seeds = [torch.Generator().manual_seed(seed) for seed in range(2)]
+np.save(target, pipe(batch_size=2, num_inference_steps=10, generator=seeds, output_type="np", **options).images)
+assert not [name for name, module in sys.modules.items() if module and name.startswith(("hf_diffusion", "diffusers_modules"))]
+print(type(pipe).__name__, type(pipe).__module__.split(".")[0], type(pipe.unet).__module__.split(".")[0])
+"""
+
+
+@pytest.mark.parametrize("sampler", ["ddpm", "ddim"])
+def test_a_fresh_process_without_the_package_draws_the_same_images(tmp_path, sampler):
+    pipe = make_pipe(CosineDDPMScheduler() if sampler == "ddpm" else DDIMEtaScheduler(eta=0.3), **CLASSES)
+    pipe.save_pretrained(tmp_path / "ours")
+    command = ["convert", str(tmp_path / "ours"), str(tmp_path / "stock"), "--to", "diffusers", "--class_label", "dog"]
+    assert cli.main(command) == 0
+    (tmp_path / "elsewhere").mkdir()
+    options = {} if sampler == "ddpm" else {"eta": 0.3, "use_clipped_model_output": True}
+    child = [
+        sys.executable,
+        "-c",
+        WITHOUT_THE_PACKAGE,
+        str(tmp_path / "stock"),
+        str(tmp_path / "there.npy"),
+        repr(options),
+    ]
+    env = {**os.environ, "PYTHONPATH": "", "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(child, cwd=tmp_path / "elsewhere", env=env, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == [f"{sampler.upper()}Pipeline", "diffusers", "diffusers"]
+    ours = images(pipe, class_labels=["dog", "dog"])
+    np.testing.assert_allclose(np.load(tmp_path / "there.npy"), ours, atol=1e-4)
+    assert ours.std() > 0.1
 
 
 def test_the_command_writes_a_pipeline_that_loads_without_our_code(tmp_path, capsys):

@@ -15,12 +15,21 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from diffusers import DiffusionPipeline
 
 import hf_diffusion
+from hf_diffusion import (
+    ADMClassifier,
+    ADMUNet2DModel,
+    ClassifierFreeGuidancePipeline,
+    ClassifierGuidancePipeline,
+    CosineDDPMScheduler,
+    DDGANGenerator,
+    DDGANPipeline,
+    DDGANScheduler,
+    DDIMEtaScheduler,
+)
 from hf_diffusion.hub.loading import name_package_classes
-from hf_diffusion.models.unet_adm import ADMUNet2DModel
-from hf_diffusion.pipelines.pipeline_classifier_free_guidance import ClassifierFreeGuidancePipeline
-from hf_diffusion.schedulers.scheduling_gaussian import CosineDDPMScheduler, DDIMEtaScheduler
 
 
 PACKAGE_PARENT = Path(hf_diffusion.__file__).parents[1]
@@ -46,7 +55,9 @@ from diffusers import DiffusionPipeline
 work, seen = Path(os.environ["WORK"]), {}
 def image(pipe):
     pipe.set_progress_bar_config(disable=True)
-    labels = {"batch_size": 2} if pipe.num_classes is None else {"class_labels": ["cat", 2], "guidance_scale": 2.0}
+    labels = {"batch_size": 2} if pipe.num_classes is None else {"class_labels": ["cat", 2]}
+    if pipe.num_classes and hasattr(pipe, "unet"):
+        labels["guidance_scale"] = 2.0
     generators = [torch.Generator().manual_seed(i) for i in range(2)]
     return pipe(**labels, num_inference_steps=3, generator=generators, output_type="np").images
 def note(name, pipe):
@@ -102,9 +113,28 @@ def make_pipe(seed: int, classes: bool) -> ClassifierFreeGuidancePipeline:
     return ClassifierFreeGuidancePipeline(unet.eval(), scheduler, id2label=names)
 
 
+def make_other_pipes() -> dict[str, DiffusionPipeline]:
+    """One of each of the other pipelines, with the same classes."""
+    torch.manual_seed(0)
+    guided, names = make_pipe(1, classes=False), {0: "cat", 1: "dog", 2: "bird"}
+    small = {"sample_size": 8, "in_channels": 1, "model_channels": 8, "channel_mult": (1, 2), "num_res_blocks": 1}
+    judge = {"num_classes": 3, "attention_resolutions": (2,), "num_head_channels": 8, "norm_num_groups": 4}
+    classifier, generator = ADMClassifier(**small, **judge), DDGANGenerator(**small, num_class_embeds=3)
+    with torch.no_grad():
+        for network in (classifier, generator):
+            for parameter in network.parameters():
+                parameter.normal_(std=0.2)
+    return {
+        "guided": ClassifierGuidancePipeline(guided.unet, classifier.eval(), guided.scheduler, id2label=names),
+        "few steps": DDGANPipeline(generator.eval(), DDGANScheduler(3), id2label=names),
+    }
+
+
 def image(pipe) -> np.ndarray:
     pipe.set_progress_bar_config(disable=True)
-    labels = {"batch_size": 2} if pipe.num_classes is None else {"class_labels": ["cat", 2], "guidance_scale": 2.0}
+    labels = {"batch_size": 2} if pipe.num_classes is None else {"class_labels": ["cat", 2]}
+    if pipe.num_classes and hasattr(pipe, "unet"):
+        labels["guidance_scale"] = 2.0
     generators = [torch.Generator().manual_seed(i) for i in range(2)]
     return pipe(**labels, num_inference_steps=3, generator=generators, output_type="np").images
 
@@ -152,6 +182,13 @@ note_error("no pipeline there", lambda: Pipeline.from_pretrained("alice/nested")
 note_error("not in the cache", lambda: Pipeline.from_pretrained("alice/a", cache_dir=work / "empty", local_files_only=True))
 note("trusted, package present, folder", DiffusionPipeline.from_pretrained(work / "a", trust_remote_code=True))
 note("trusted, package present, hub", DiffusionPipeline.from_pretrained("alice/a", trust_remote_code=True))
+import hf_diffusion
+for name, cls in (("guided", hf_diffusion.ClassifierGuidancePipeline), ("few steps", hf_diffusion.DDGANPipeline)):
+    repo = "alice/" + name.replace(" ", "-")
+    cls.from_pretrained(work / name).push_to_hub(repo)
+    note(f"{name}: own folder", cls.from_pretrained(work / name))
+    note(f"{name}: own hub", cls.from_pretrained(repo))
+    note(f"{name}: trusted, package present, hub", DiffusionPipeline.from_pretrained(repo, trust_remote_code=True))
 """
 
 STRANGER = """
@@ -169,6 +206,14 @@ note("saved again", load(work / "again", trust_remote_code=True))
 a.push_to_hub("alice/again")
 note("pushed again", load("alice/again", trust_remote_code=True))
 note("own class of the repository", type(a).from_pretrained(work / "again", trust_remote_code=True))
+for name in ("guided", "few steps"):
+    repo = "alice/" + name.replace(" ", "-")
+    note_error(f"{name}: untrusted hub", lambda: load(repo))
+    there = load(repo, trust_remote_code=True)
+    note(f"{name}: trusted hub", there)
+    note(f"{name}: trusted folder", load(work / name, trust_remote_code=True))
+    there.save_pretrained(work / f"{name} again")
+    note(f"{name}: saved again", load(work / f"{name} again", trust_remote_code=True))
 """
 
 
@@ -179,6 +224,9 @@ def outcome(hub, tmp_path_factory):
     references = {}
     for name, classes in (("a", True), ("b", False)):
         pipe = make_pipe(ord(name), classes)
+        pipe.save_pretrained(work / name)
+        references[name] = image(pipe)
+    for name, pipe in make_other_pipes().items():
         pipe.save_pretrained(work / name)
         references[name] = image(pipe)
     for copy, source in (("tampered", "a"), ("unknown", "a"), ("b, other code", "b")):
@@ -220,6 +268,20 @@ def test_a_loaded_pipeline_draws_the_same_images_bit_for_bit(outcome, name):
     work, _, references = outcome
     assert references["a"].std() > 0.1
     np.testing.assert_array_equal(np.load(work / f"{name}.npy"), references["a"])
+
+
+FORMS = ["own folder", "own hub", "trusted, package present, hub", "trusted hub", "trusted folder", "saved again"]
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("name", ["guided", "few steps"])
+def test_every_other_pipeline_draws_the_same_images_bit_for_bit_however_it_is_loaded(outcome, name, form):
+    work, seen, references = outcome
+    assert references[name].std() > 0.05
+    np.testing.assert_array_equal(np.load(work / f"{name}: {form}.npy"), references[name])
+    package = "hf_diffusion." if form.startswith("own") else "diffusers_modules.local."
+    assert all(module.startswith(package) for module in seen[f"{name}: {form}"].values())
+    assert "trust_remote_code=True" in seen[f"{name}: untrusted hub"]
 
 
 def test_a_newer_commit_of_a_subfolder_is_read_unless_a_revision_is_asked_for(outcome):
