@@ -10,7 +10,7 @@ demo: $(VENV)/.installed
 
 test: $(VENV)/.installed
 	$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check .
-	$(RUN) -m pytest -m "not slow and not study"
+	$(RUN) -m pytest -m "not slow"
 
 test-slow: $(VENV)/.installed
 	$(RUN) -m pytest -m slow

@@ -1,11 +1,13 @@
-"""The Accelerate loop for denoising diffusion GANs (arXiv:2112.07804, Eqs. 4 to 6): a discriminator's and a generator's half a step.
+"""The Accelerate loop for denoising diffusion GANs (arXiv:2112.07804, Eqs. 4 to 6): a discriminator's and a
+generator's half a step.
 
-What surrounds the optimizer step is in `training_run`, the losses are in `losses.adversarial`. B images, t the transition t + 1 -> t.
+What surrounds the optimizer step is in `training_run`, the losses are in `losses.adversarial`. B images, t the
+transition t + 1 -> t.
 """
 
 import math
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,8 +18,10 @@ from accelerate.optimizer import AcceleratedOptimizer
 from PIL import Image
 from torch import Tensor, nn
 
+from hf_diffusion.checkpoints import DATA_PARALLEL, engine
 from hf_diffusion.config.training import TrainingConfig
 from hf_diffusion.data.images import ImageData, StreamingImageData
+from hf_diffusion.evaluation.in_training import Measurement
 from hf_diffusion.figures import adversarial_curve
 from hf_diffusion.losses.adversarial import (
     fake_loss,
@@ -53,9 +57,9 @@ Sampler = Callable[[Tensor, int], Tensor]
 class AdversarialObjective:
     """What the two networks play for; see `losses.adversarial` for the divergences and penalties.
 
-    `saturating` None takes the generator's loss that trains. R1 acts every `r1_interval` steps, `r1_gamma` times the interval if
-    `r1_times_interval`. `wgan_gp` is the weight of WGAN-GP (0: none), `l1_weight` that of the distance of the prediction to x_0.
-    The generator is updated at every `n_critic`-th step.
+    `saturating` None takes the generator's loss that trains. R1 acts every `r1_interval` steps, `r1_gamma` times the
+    interval if `r1_times_interval`. `wgan_gp` is the weight of WGAN-GP (0: none), `l1_weight` that of the distance of
+    the prediction to x_0. The generator is updated at every `n_critic`-th step.
     """
 
     divergence: str = "js"
@@ -71,8 +75,8 @@ class AdversarialObjective:
 class DiscriminatorHalf(nn.Module):
     """All that the discriminator computes in its half of a step, as one forward.
 
-    Data parallelism joins the gradients of one forward with one backward; two forwards and the derivative within would be at the
-    mercy of its bookkeeping.
+    Data parallelism joins the gradients of one forward with one backward; two forwards and the derivative within would
+    be at the mercy of its bookkeeping.
     """
 
     def __init__(self, discriminator: nn.Module, objective: AdversarialObjective):
@@ -112,10 +116,12 @@ class DiscriminatorHalf(nn.Module):
 
 
 class DDGANTrainer(TrainingRun):
-    """Trains `generator` against `discriminator` for the transitions of `scheduler`; export, preview and evaluate: see TrainingRun.
+    """Trains `generator` against `discriminator` for the transitions of `scheduler`; export, preview and measurements:
+    see TrainingRun.
 
-    Both get labels if `class_conditional`. Each step draws one batch of real images for both halves and everything else anew for each.
-    For gradients that do not depend on the number of processes the discriminator's groups must be contiguous and divide a process's batch.
+    Both get labels if `class_conditional`. Each step draws one batch of real images for both halves and everything
+    else anew for each. For gradients that do not depend on the number of processes the discriminator's groups must be
+    contiguous and divide a process's batch.
     """
 
     draw_curve = staticmethod(adversarial_curve)
@@ -133,9 +139,14 @@ class DDGANTrainer(TrainingRun):
         discriminator_learning_rate: float,
         export: Callable[[nn.Module, Path], None],
         preview: Callable[[nn.Module], Image.Image] | None = None,
-        evaluate: Callable[[nn.Module], dict[str, float]] | None = None,
+        measurements: Sequence[Measurement] = (),
     ):
-        super().__init__(config, accelerator, data, export, preview, evaluate)
+        super().__init__(config, accelerator, data, export, preview, measurements)
+        if engine(accelerator) != DATA_PARALLEL:
+            raise ValueError(
+                f"{engine(accelerator)} takes one network with its optimizer, and a GAN trains two; leave it out, as "
+                "training/accelerate_configs/multi_gpu.yaml does"
+            )
         self.scheduler, self.objective, self.sampler = scheduler, objective, sampler
         self.steps_of_process = scheduler.config.num_train_timesteps
         self.class_conditional = generator.config.num_class_embeds is not None
@@ -156,10 +167,11 @@ class DDGANTrainer(TrainingRun):
         self._start_average()
         self._resume()
 
-    # --- a step -----------------------------------------------------------------------------------------------------------
+    # --- a step ------------------------------------------------------------------------------------------------------
 
     def _optimizer_step(self, stream: Iterator[dict[str, Tensor]]) -> None:
-        """Both halves on the same real images; a half whose gradient is not finite changes nothing and ends the step."""
+        """Both halves on the same real images; a half whose gradient is not finite changes nothing and ends the
+        step."""
         micros = list(self._micro_batches(stream))
         updated = self._discriminator_step(micros)
         if updated and (self.step + 1) % self.objective.n_critic == 0:
@@ -172,6 +184,7 @@ class DDGANTrainer(TrainingRun):
             with self._sync_at_the_last(micro, self.discriminator_half):
                 values, t = self._discriminator_values(micro, batch, draw)
                 self.accelerator.backward(values["loss"].mean() / len(micros))
+            self._remember(micro, batch, draw, values["loss"])
             self._note(values, t)
         return self._update("discriminator", self.discriminator_half, self.discriminator_optimizer)
 
@@ -182,6 +195,7 @@ class DDGANTrainer(TrainingRun):
                 with self._sync_at_the_last(micro, self.model):
                     values = self._generator_values(micro, batch, draw)
                     self.accelerator.backward(values["loss_g"].mean() / len(micros))
+                self._remember(micro, batch, draw, values["loss_g"])
                 self.means.add(values, None)
         finally:
             self.discriminator.requires_grad_(True)
@@ -253,7 +267,7 @@ class DDGANTrainer(TrainingRun):
     def latent_dim(self) -> int:
         return self.accelerator.unwrap_model(self.model).config.latent_dim
 
-    # --- health -----------------------------------------------------------------------------------------------------------
+    # --- health ------------------------------------------------------------------------------------------------------
 
     def _note(self, values: dict[str, Tensor], t: Tensor) -> None:
         real, fake = values["real"].detach(), values["fake"].detach()

@@ -1,19 +1,26 @@
 """Train a denoising diffusion GAN, which samples in a handful of steps, on your own images (arXiv:2112.07804).
 
     accelerate launch training/train_ddgan.py --config training/recipes/digits_ddgan.yaml
-    accelerate launch training/train_ddgan.py --train_data_dir my_images --resolution 64 --num_timesteps 4 --output_dir runs/mine
+    accelerate launch training/train_ddgan.py --train_data_dir my_images --resolution 64 --output_dir runs/mine
 
 Settings come from `--config` files, then from flags; `--help` lists them and `--dry_run` shows what a run would do.
 
 The divergence between q(x_t | x_{t+1}) and the generator's distribution is a flag. What else depends on it, by default:
 
-| divergence      | generator's loss       | r1_gamma | note                                                             |
-|-----------------|------------------------|----------|------------------------------------------------------------------|
-| js              | -log sigmoid(V)        | 0.05     | the one of the paper; trains without R1, too                     |
-| hellinger       | 1 - exp(V)             | 0.05     | exp is continued by its tangent from |V| = 10                    |
-| reverse_kl      | 1 - V                  | 0.05     | as above                                                         |
-| total_variation | -tanh(V) / 2           | 0.5      | a weaker R1 lets |V| grow until tanh is flat                     |
-| wasserstein     | -V                     | 1        | R1 converges; WGAN-GP and spectral norm circle round the optimum |
+| divergence      | generator's loss | r1_gamma | note                                                             |
+|-----------------|------------------|----------|------------------------------------------------------------------|
+| js              | -log sigmoid(V)  | 0.05     | the one of the paper; trains without R1, too                     |
+| hellinger       | 1 - exp(V)       | 0.05     | exp is continued by its tangent from |V| = 10                    |
+| reverse_kl      | 1 - V            | 0.05     | as above                                                         |
+| total_variation | -tanh(V) / 2     | 0.5      | a weaker R1 lets |V| grow until tanh is flat                     |
+| wasserstein     | -V               | 1        | R1 converges; WGAN-GP and spectral norm circle round the optimum |
+
+These were found with points in the plane (tests/training/test_ddgan_2d.py). In metrics.jsonl watch `right`, the share
+of pairs in which the real one has the larger value, and real_t*, fake_t*: where they agree at the noisy timesteps from
+early on, the discriminator has fallen behind, which no warning can tell from success. A lower learning_rate for the
+generator, n_critic 2 or a wider discriminator bring it back (digits: with 1e-3 for both it fell behind within 400
+steps). Small images have little signal in x_2 and later of the default schedule; a lower beta_max, or the geometric
+schedule, gives the discriminator something to see there.
 """
 
 import sys
@@ -26,7 +33,7 @@ from accelerate import Accelerator
 from PIL import Image
 from torch import nn
 
-from hf_diffusion.config.training import TrainingConfig, option, parse_config
+from hf_diffusion.config.training import GenerativeTrainingConfig, option, parse_config
 from hf_diffusion.data.images import ImageData
 from hf_diffusion.ddgan_trainer import R1_GAMMA, AdversarialObjective, DDGANTrainer
 from hf_diffusion.dry_run import dry_run
@@ -34,7 +41,14 @@ from hf_diffusion.figures import labelled_grid
 from hf_diffusion.losses.adversarial import normalise_spectrally
 from hf_diffusion.models.ncsnpp_ddgan import DDGANDiscriminator, DDGANGenerator
 from hf_diffusion.pipelines.pipeline_ddgan import DDGANPipeline
-from hf_diffusion.run import load_training_data, one_sentence_errors, start_run, train_and_share
+from hf_diffusion.run import (
+    check_best_metric,
+    load_training_data,
+    one_sentence_errors,
+    sample_measures,
+    start_run,
+    train_and_share,
+)
 from hf_diffusion.schedulers.scheduling_ddgan import DDGANScheduler
 from hf_diffusion.timestep_sampling import stratified_timesteps, uniform_timesteps
 
@@ -46,7 +60,7 @@ STDDEV_GROUP = 4  # consecutive images whose deviation the discriminator sees
 
 
 @dataclass(kw_only=True)
-class DDGANConfig(TrainingConfig):
+class DDGANConfig(GenerativeTrainingConfig):
     """Train a denoising diffusion GAN on images, with or without classes."""
 
     class_conditional: bool = option(
@@ -64,8 +78,9 @@ class DDGANConfig(TrainingConfig):
         None,
         "weight of R1, the squared gradient of the discriminator at real images; none goes by the divergence",
         at_least=0,
+        tied=False,
     )
-    r1_interval: int = option(1, "apply R1 at every so many steps", at_least=1)
+    r1_interval: int = option(1, "apply R1 at every so many steps", at_least=1, tied=False)
     # The paper's code does not multiply; without it a longer interval is a weaker penalty.
     r1_times_interval: bool = option(
         True, "multiply r1_gamma by the interval, so that the mean penalty stays the same"
@@ -75,7 +90,7 @@ class DDGANConfig(TrainingConfig):
     )
     spectral_norm: bool = option(False, "divide the discriminator's weights by their spectral norms")
     n_critic: int = option(
-        1, "update the generator at every so many steps; every step updates the discriminator", at_least=1
+        1, "update the generator at every so many steps; every step updates the discriminator", at_least=1, tied=False
     )
     l1_weight: float = option(0.0, "weight of the distance |prediction - x_0| in the generator's loss", at_least=0)
     schedule: Literal["vp", "geometric"] = option("vp", "noise schedule")
@@ -111,7 +126,7 @@ class DDGANConfig(TrainingConfig):
         None, "side of the pixel patches that the discriminator works on; none takes patch_size", at_least=1
     )
     discriminator_learning_rate: float | None = option(
-        None, "highest learning rate of the discriminator; none takes learning_rate", above=0
+        None, "highest learning rate of the discriminator; none takes learning_rate", above=0, tied=False
     )
 
     # Where these differ from training one network: the values of the paper's code.
@@ -245,10 +260,13 @@ def draw_grid(config: DDGANConfig, pipeline: DDGANPipeline) -> Image.Image:
 
 def build_trainer(config: DDGANConfig, accelerator: Accelerator, data: ImageData) -> DDGANTrainer:
     """Both networks with all that the settings say about training them."""
+    generator = build_generator(config, data)
+    measurements = sample_measures(config, accelerator, data, lambda net: build_pipeline(config, net, data), generator)
+    check_best_metric(config, measurements)
     return DDGANTrainer(
         config,
         accelerator,
-        build_generator(config, data),
+        generator,
         build_discriminator(config, data),
         build_scheduler(config),
         data,
@@ -256,7 +274,8 @@ def build_trainer(config: DDGANConfig, accelerator: Accelerator, data: ImageData
         SAMPLERS[config.timestep_sampling],
         config.discriminator_learning_rate or config.learning_rate,
         export=lambda averaged, folder: build_pipeline(config, averaged, data).save_pretrained(folder),
-        preview=lambda generator: draw_grid(config, build_pipeline(config, generator, data)),
+        preview=lambda network: draw_grid(config, build_pipeline(config, network, data)),
+        measurements=measurements,
     )
 
 

@@ -1,7 +1,9 @@
-"""`hf-diffusion convert`: our pipelines in diffusers' own classes, and OpenAI's checkpoints as our pipelines."""
+"""`hf-diffusion convert`: our pipelines in diffusers' own classes, and checkpoints of OpenAI and NVlabs as our
+pipelines and back."""
 
 import argparse
 import inspect
+import pickle
 import shlex
 from pathlib import Path
 from typing import Any
@@ -12,17 +14,21 @@ def add_convert_parser(commands: argparse._SubParsersAction) -> None:
     convert = commands.add_parser(
         "convert", allow_abbrev=False, help="change between our classes and those of others",
         description="--to diffusers: write a pipeline that needs no code of ours. --from openai: read a checkpoint of OpenAI's "
-        "guided-diffusion or improved-diffusion with the flags of their scripts.",
+        "guided-diffusion or improved-diffusion with the flags of their scripts. --from nvlabs: read netG_<epoch>.pth or content.pth of NVlabs' "
+        "denoising-diffusion-gan with the flags of its train_ddgan.py, --to nvlabs: write netG.pth and flags.json for it.",
     )  # fmt: skip
     add = convert.add_argument
     add("source", help="folder or repository of a pipeline; the file of a checkpoint")
     add("output", type=Path, help="folder to write, which must not hold anything yet")
     direction = convert.add_mutually_exclusive_group(required=True)
-    direction.add_argument("--to", choices=("diffusers",))
-    direction.add_argument("--from", dest="origin", choices=("openai",))
+    direction.add_argument("--to", choices=("diffusers", "nvlabs"))
+    direction.add_argument("--from", dest="origin", choices=("openai", "nvlabs"))
     add("--class_label", help="with --to: the class that the stock pipeline samples, or 'none' for the null class")
     add(
-        "--flags", default="", help="with --from: the flags of their script, as in '--image_size 64 --class_cond True'"
+        "--flags",
+        default="",
+        help="with --from: the flags of their script, as in '--image_size 64 --class_cond True'; with --from nvlabs also a .json or .yaml "
+        "file of them, and nothing for content.pth, which carries its own",
     )
     add("--traceback", action="store_true", help="on an error, show where in the code it arose")
     convert.set_defaults(run=convert_command)
@@ -34,6 +40,10 @@ def convert_command(args: argparse.Namespace) -> None:
         raise ValueError(f"{args.output} holds something already; give another folder")
     if args.to == "diffusers":
         write_stock(args.source, args.output, args.class_label)
+    elif args.to == "nvlabs":
+        write_for_nvlabs(args.source, args.output)
+    elif args.origin == "nvlabs":
+        write_from_nvlabs(Path(args.source), args.output, args.flags)
     else:
         write_from_openai(Path(args.source), args.output, args.flags)
 
@@ -94,6 +104,50 @@ def write_from_openai(checkpoint: Path, output: Path, flags: str) -> None:
     )
 
 
+def write_from_nvlabs(checkpoint: Path, output: Path, given: str) -> None:
+    """Write a generator of NVlabs' denoising-diffusion-gan as a pipeline; flags that are given go before those in the
+    file."""
+    from hf_diffusion.convert.nvlabs import generator_from_nvlabs, load_nvlabs_generator, scheduler_from_nvlabs
+    from hf_diffusion.convert.nvlabs_flags import KNOWN, read_flags
+    from hf_diffusion.pipelines.pipeline_ddgan import DDGANPipeline
+
+    asked = read_flags(given)
+    state, stored, which = load_nvlabs_generator(checkpoint)
+    flags = stored | asked
+    generator, scheduler = generator_from_nvlabs(state, flags), scheduler_from_nvlabs(flags)
+    DDGANPipeline(generator, scheduler).save_pretrained(output)
+    unused = sorted(set(asked) - KNOWN)
+    print(
+        f"{output}: DDGANPipeline of {len(scheduler)} steps from {checkpoint}, {which}; NVlabs' own weights are for non-commercial use"
+        + (f"; these flags do not concern it: {', '.join(unused)}" if unused else "")
+    )
+
+
+def write_for_nvlabs(source: str, output: Path) -> None:
+    """Write the generator of a pipeline as netG.pth, and as flags.json what train_ddgan.py and test_ddgan.py of NVlabs
+    need."""
+    import json
+
+    import torch
+
+    from hf_diffusion.convert.nvlabs import generator_to_nvlabs
+    from hf_diffusion.convert.nvlabs_flags import scheduler_flags
+    from hf_diffusion.hub.loading import load_pipeline
+    from hf_diffusion.pipelines.pipeline_ddgan import DDGANPipeline
+
+    pipe = load_pipeline(source)
+    if not isinstance(pipe, DDGANPipeline):
+        raise ValueError(f"{source} holds a {type(pipe).__name__}; --to nvlabs takes a DDGANPipeline")
+    state, flags = generator_to_nvlabs(pipe.generator)
+    flags |= scheduler_flags(pipe.scheduler.config)
+    output.mkdir(parents=True, exist_ok=True)
+    # the weights last, under their name in one piece: a folder with netG.pth is whole
+    (output / "flags.json").write_text(json.dumps(flags, indent=2) + "\n")
+    torch.save(state, output / "netG.pth.partial")
+    (output / "netG.pth.partial").replace(output / "netG.pth")
+    print(f"{output}: netG.pth with {len(state)} tensors, and flags.json with the flags that build its network")
+
+
 def parse_flags(text: str) -> dict[str, str]:
     """The flags of a command line of theirs, `--name value` each; ValueError where they are not in pairs."""
     words = shlex.split(text.replace("=", " "))
@@ -137,10 +191,21 @@ def scheduler_from_openai(
 def load_weights(path: Path) -> dict:
     """The tensors of a .pt or .safetensors file, without running code that a pickle may hold."""
     import torch
+    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     if not path.is_file():
         raise ValueError(f"there is no file {path}")
-    if path.suffix == ".safetensors":
-        return load_file(path)
-    return torch.load(path, map_location="cpu", weights_only=True)
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        raise ValueError(
+            f"{path} is damaged, or holds more than tensors and is not read, since it could run code; give a checkpoint as they publish it"
+        ) from error
+    if not isinstance(state, dict):
+        raise ValueError(
+            f"{path} holds a {type(state).__name__}, not tensors by name; give a checkpoint as they publish it"
+        )
+    return state

@@ -1,9 +1,11 @@
 """Checkpoints of NVlabs/denoising-diffusion-gan <-> DDGANGenerator, DDGANDiscriminator, bit for bit.
 
-The reference keeps the generator's modules in one flat list in the order of their construction; `_generator_modules` walks our
-attributes in that order. Its released weights are for non-commercial use: converting them does not change their licence.
+The reference keeps the generator's modules in one flat list in the order of their construction; `_generator_modules`
+walks our attributes in that order. Its released weights are for non-commercial use: converting them does not change
+their licence.
 """
 
+import argparse
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -12,45 +14,20 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from hf_diffusion.convert.nvlabs_flags import (
+    DISCRIMINATOR_FLAGS,
+    GENERATOR_FLAGS,
+    Flags,
+    discriminator_config,
+    flags_of_namespace,
+    generator_config,
+    scheduler_config,
+)
 from hf_diffusion.models.ncsnpp_ddgan import DDGANDiscriminator, DDGANGenerator
 from hf_diffusion.schedulers.scheduling_ddgan import DDGANScheduler
 
 
 State = Mapping[str, Tensor]
-Flags = Mapping[str, Any]
-
-# their flag -> our argument
-GENERATOR_FLAGS = {
-    "image_size": "sample_size",
-    "num_channels": "in_channels",
-    "num_channels_dae": "model_channels",
-    "ch_mult": "channel_mult",
-    "num_res_blocks": "num_res_blocks",
-    "attn_resolutions": "attention_sizes",
-    "nz": "latent_dim",
-    "z_emb_dim": "latent_embed_dim",
-    "n_mlp": "num_latent_layers",
-    "dropout": "dropout",
-    "resblock_type": "block_type",
-    "progressive_input": "progressive_input",
-    "progressive_combine": "progressive_combine",
-    "progressive": "progressive_output",
-    "fir": "fir",
-    "fir_kernel": "fir_kernel",
-    "skip_rescale": "skip_rescale",
-    "embedding_type": "time_embedding",
-    "fourier_scale": "fourier_scale",
-    "centered": "centered",
-}
-DISCRIMINATOR_FLAGS = {
-    "image_size": "sample_size",
-    "num_channels": "in_channels",
-    "ngf": "base_channels",
-    "t_emb_dim": "time_embed_dim",
-    "kind": "variant",
-    "leaky_relu_slope": "negative_slope",
-}
-SCRIPT_DEFAULTS = {"num_latent_layers": 3}  # where train_ddgan.py and the constructor of DDGANGenerator differ
 
 _LINEAR = {"weight": "weight", "bias": "bias"}
 _BLOCK = {
@@ -62,46 +39,6 @@ _BLOCK = {
 }
 _ATTENTION = {"GroupNorm_0": "norm", "NIN_0": "to_q", "NIN_1": "to_k", "NIN_2": "to_v", "NIN_3": "to_out"}
 _DISCRIMINATOR_BLOCK = {"conv1.0": "conv_in", "dense_t1": "time_proj", "conv2.0": "conv_out", "skip.0": "conv_skip"}
-
-
-def generator_config(flags: Flags) -> dict:
-    """Arguments of DDGANGenerator for the flags of train_ddgan.py; a flag that is absent has the script's default."""
-    if not flags.get("conditional", True):
-        raise ValueError(
-            "conditional=False (a generator without time) has no counterpart; T > 1 needs conditional=True"
-        )
-    if flags.get("resblock_type", "biggan") not in ("biggan", "biggan_oneadagn"):
-        raise ValueError(
-            f"resblock_type={flags['resblock_type']!r} fails in the reference; choose 'biggan' or 'biggan_oneadagn'"
-        )
-    if flags.get("progressive", "none") not in ("none", "output_skip"):
-        raise ValueError(
-            f"progressive={flags['progressive']!r} fails in the reference; choose 'none' or 'output_skip'"
-        )
-    config = {ours: flags[theirs] for theirs, ours in GENERATOR_FLAGS.items() if theirs in flags}
-    config = {name: tuple(value) if isinstance(value, list) else value for name, value in config.items()}
-    return SCRIPT_DEFAULTS | config | {"tanh": not flags.get("not_use_tanh", False)}
-
-
-def discriminator_config(flags: Flags) -> dict:
-    """Arguments of DDGANDiscriminator for the flags of train_ddgan.py.
-
-    `kind` ("small", "large") may be given; otherwise images of up to 32 pixels take the small one, as the script does by dataset.
-    `nc`, the channels of both arguments together, may stand for `num_channels`.
-    """
-    config = {ours: flags[theirs] for theirs, ours in DISCRIMINATOR_FLAGS.items() if theirs in flags}
-    config.setdefault("variant", "small" if flags["image_size"] <= 32 else "large")
-    return config | ({"in_channels": flags["nc"] // 2} if "nc" in flags else {})
-
-
-def scheduler_config(flags: Flags) -> dict:
-    """Arguments of DDGANScheduler for the flags of train_ddgan.py."""
-    return {
-        "num_train_timesteps": flags.get("num_timesteps", 4),
-        "beta_min": flags.get("beta_min", 0.1),
-        "beta_max": flags.get("beta_max", 20.0),
-        "schedule": "geometric" if flags.get("use_geometric", False) else "vp",
-    }
 
 
 def generator_from_nvlabs(state: State, flags: Flags) -> DDGANGenerator:
@@ -151,17 +88,50 @@ def load_nvlabs_checkpoint(path: str | Path, entry: str | None = None) -> dict[s
 
     The `module.` prefix of data-parallel training is removed.
     """
-    if not Path(path).is_file():
-        raise ValueError(f"no checkpoint at {str(path)!r}; give a .pth or .safetensors file")
-    if Path(path).suffix == ".safetensors":
-        state = load_file(path)
-    else:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    if entry is None and "netG_dict" in state:
+    content = _read(Path(path))
+    if entry is None and "netG_dict" in content:
         raise ValueError(f"{path} holds a whole training state; choose entry='netG_dict' or 'netD_dict'")
-    if entry is not None and entry not in state:
-        raise ValueError(f"{path} has no entry {entry!r}; it has {sorted(state)[:8]}")
-    return _without_module_prefix(state if entry is None else state[entry])
+    if entry is not None and entry not in content:
+        raise ValueError(f"{path} has no entry {entry!r}; it has {sorted(content)[:8]}")
+    return _without_module_prefix(content if entry is None else content[entry])
+
+
+def load_nvlabs_generator(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any], str]:
+    """State dict and flags of the generator of `netG_<epoch>.pth` or `content.pth`, and which of its weights they are.
+
+    The file of an epoch holds averaged weights, and no flags; a training state has its flags, and, where an average
+    was kept, that beside the weights in training. The average is taken then.
+    """
+    content = _read(Path(path))
+    if "netG_dict" not in content:
+        return _without_module_prefix(content), {}, "the weights of the file"
+    state = _without_module_prefix(content["netG_dict"])
+    flags = flags_of_namespace(content.get("args", {}))
+    # Their optimizer numbers the parameters in the order of the state dict; fixed Fourier frequencies have no average.
+    slots = content.get("optimizerG", {}).get("state", {})
+    averages = {name: slots[i]["ema"] for i, name in enumerate(state) if "ema" in slots.get(i, {})}
+    complete = averages.keys() >= {name for name in state if name != "all_modules.0.W"}
+    if complete and all(average.shape == state[name].shape for name, average in averages.items()):
+        return state | averages, flags, "the averaged weights of a training state"
+    return state, flags, "the weights in training of a training state, which holds no average"
+
+
+def _read(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise ValueError(f"no checkpoint at {str(path)!r}; give a .pth or .safetensors file")
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        with torch.serialization.safe_globals([argparse.Namespace]):  # plain values: the flags in content.pth
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # what is no checkpoint raises nearly anything
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise ValueError(
+            f"{path} cannot be read as tensors alone, without running code from it: {reason[0]}"
+        ) from error
+    if not isinstance(content, dict) or not content:
+        raise ValueError(f"{path} holds {type(content).__name__}, not the tensors of a network by name")
+    return content
 
 
 def _without_module_prefix(state: State) -> dict[str, Tensor]:

@@ -1,9 +1,10 @@
 """Divergences that an adversarial denoiser can minimise, in their variational form, and penalties on the critic.
 
-With Q = q(x_t | x_{t+1}) the data's distribution, P the generator's and V the critic, the divergence is approached from
-below by F(V) = E_Q[g(V)] - E_P[f*(g(V))], where g maps the real line onto the domain of the conjugate f* (f-GAN, Nowozin et
-al., arXiv:1606.00709, Tables 1, 2 and 6). The critic maximises F, the generator minimises it. One sign convention holds for
-all: large V means real. Values of V have shape (B,); every loss is one value a sample, float32 or wider also under autocast.
+With Q = q(x_t | x_{t+1}) the data's distribution, P the generator's and V the critic, the divergence is approached
+from below by F(V) = E_Q[g(V)] - E_P[f*(g(V))], where g maps the real line onto the domain of the conjugate f* (f-GAN,
+Nowozin et al., arXiv:1606.00709, Tables 1, 2 and 6). The critic maximises F, the generator minimises it. One sign
+convention holds for all: large V means real. Values of V have shape (B,); every loss is one value a sample, float32 or
+wider also under autocast.
 
 | divergence        | g(V)          | f*(g(V))    | best V             | F(best V)                      |
 |-------------------|---------------|-------------|--------------------|--------------------------------|
@@ -67,9 +68,9 @@ def generator_loss(
 ) -> Tensor:
     """The generator's loss on generated pairs.
 
-    `saturating=True` is -f*(g(V)), the min-max game itself; `False` is -g(V), Nowozin's trick, whose gradient does not vanish where
-    the critic is sure. None takes the choice that trains: not saturating for "js", saturating for the others. For total
-    variation and Wasserstein both are the same.
+    `saturating=True` is -f*(g(V)), the min-max game itself; `False` is -g(V), Nowozin's trick, whose gradient does not
+    vanish where the critic is sure. None takes the choice that trains: not saturating for "js", saturating for the
+    others. For total variation and Wasserstein both are the same.
     """
     v = _widen(fake)
     if saturating is None:
@@ -83,7 +84,8 @@ def generator_loss(
 
 
 def variational_bound(divergence: str, real: Tensor, fake: Tensor) -> Tensor:
-    """F(V), a scalar that reaches the divergence of the table for the best critic; for logs, never above it in expectation."""
+    """F(V), a scalar that reaches the divergence of the table for the best critic; for logs, never above it in
+    expectation."""
     return -(real_loss(divergence, real).mean() + fake_loss(divergence, fake).mean())
 
 
@@ -95,8 +97,8 @@ def bounded_exp(x: Tensor, limit: float = EXP_LIMIT) -> Tensor:
 def r1_penalty(real: Tensor, x_t: Tensor, gamma: float | Tensor) -> Tensor:
     """gamma / 2 |grad_{x_t} V|^2 on real pairs (B,), Eq. 9 of Mescheder et al. (arXiv:1801.04406).
 
-    `real` (B,) must have been computed from `x_t` (B, ...) with `x_t.requires_grad`; differentiable in the critic's parameters. The
-    square is summed over pixels, so a gamma suits one image size. `gamma` is a number or (B,).
+    `real` (B,) must have been computed from `x_t` (B, ...) with `x_t.requires_grad`; differentiable in the critic's
+    parameters. The square is summed over pixels, so a gamma suits one image size. `gamma` is a number or (B,).
     """
     if not x_t.requires_grad:
         raise ValueError("x_t does not require a gradient; call x_t.requires_grad_() before the critic sees it")
@@ -107,8 +109,8 @@ def r1_penalty(real: Tensor, x_t: Tensor, gamma: float | Tensor) -> Tensor:
 def r1_weight(gamma: float, step: int, interval: int | None = None, multiply: bool = False) -> float:
     """gamma for the optimizer step `step` (from 0), or 0.0 where a penalty every `interval` steps is not due.
 
-    The reference applies the bare gamma at the steps that are due; `multiply=True` applies gamma * interval there, which
-    keeps the mean strength whatever the interval.
+    The reference applies the bare gamma at the steps that are due; `multiply=True` applies gamma * interval there,
+    which keeps the mean strength whatever the interval.
     """
     if interval is None:
         return gamma
@@ -127,11 +129,12 @@ def gradient_penalty(
     weight: float = 10.0,
     scale: float | Tensor = 1.0,
 ) -> Tensor:
-    """weight (scale |grad_x V| - 1)^2 (B,) at x = mix x_real + (1 - mix) x_fake, WGAN-GP (Gulrajani et al., arXiv:1704.00028).
+    """weight (scale |grad_x V| - 1)^2 (B,) at x = mix x_real + (1 - mix) x_fake, WGAN-GP (Gulrajani et al.,
+    arXiv:1704.00028).
 
-    `critic` maps x_t (B, ...) to V (B,) or (B, 1) with x_{t+1} and t held fixed; `mix` is uniform on [0, 1), one a sample. `scale` is a
-    number or (B,): 1 asks for a 1-Lipschitz critic, the posterior's coefficient of x_0 for a critic that is 1-Lipschitz as a
-    function of the predicted x_0. In float32 also under autocast.
+    `critic` maps x_t (B, ...) to V (B,) or (B, 1) with x_{t+1} and t held fixed; `mix` is uniform on [0, 1), one a
+    sample. `scale` is a number or (B,): 1 asks for a 1-Lipschitz critic, the posterior's coefficient of x_0 for a
+    critic that is 1-Lipschitz as a function of the predicted x_0. In float32 also under autocast.
     """
     x_real, x_fake = _widen(x_real.detach()), _widen(x_fake.detach())
     mix = mix.reshape(-1, *(1,) * (x_real.ndim - 1))
@@ -143,10 +146,11 @@ def gradient_penalty(
 
 
 def normalise_spectrally(critic: nn.Module) -> nn.Module:
-    """Divide the weight of every linear and convolution layer of `critic` by its spectral norm, in place (arXiv:1802.05957).
+    """Divide the weight of every linear and convolution layer of `critic` by its spectral norm, in place
+    (arXiv:1802.05957).
 
-    It bounds the critic's Lipschitz constant without a second derivative. Weights become parametrizations: state dicts have
-    other names, and `torch.nn.utils.parametrize.remove_parametrizations` undoes it for a layer.
+    It bounds the critic's Lipschitz constant without a second derivative. Weights become parametrizations: state dicts
+    have other names, and `torch.nn.utils.parametrize.remove_parametrizations` undoes it for a layer.
     """
     layers = [m for m in critic.modules() if isinstance(m, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d)]
     if not layers:

@@ -1,9 +1,11 @@
 """Generator and discriminators of denoising diffusion GANs (Xiao, Kreis and Vahdat, arXiv:2112.07804).
 
-The generator is NCSN++ (Song et al., arXiv:2011.13456) with a latent mapping and adaptive group normalisation; resampling
-uses the small FIR filters of StyleGAN2 (arXiv:1912.04958) as depthwise convolutions, which can be differentiated twice.
+The generator is NCSN++ (Song et al., arXiv:2011.13456) with a latent mapping and adaptive group normalisation;
+resampling uses the small FIR filters of StyleGAN2 (arXiv:1912.04958) as depthwise convolutions, which can be
+differentiated twice.
 
-Shapes: B batch, C channels, H and W pixels, D width of the time embedding, S width of the latent embedding (the style).
+Shapes: B batch, C channels, H and W pixels, D width of the time embedding, S width of the latent embedding (the
+style).
 """
 
 import math
@@ -15,6 +17,11 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils import BaseOutput
 from torch import Tensor, nn
+
+
+LARGEST_PRODUCT = (
+    64  # side of a map up to which the CPU resamples by products of matrices, whose cost grows with the side
+)
 
 
 @dataclass
@@ -34,12 +41,13 @@ class DDGANDiscriminatorOutput(BaseOutput):
 class DDGANGenerator(ModelMixin, ConfigMixin):
     """Predict x_0 from (x_{t+1}, t, latent), and a class label where `num_class_embeds` is set.
 
-    `attention_sizes` are the heights of the feature maps (after `patch_size`) that get self-attention on the way down and up; the
-    middle always has it. `block_type` is "biggan" (both normalisations of a block take the style) or "biggan_oneadagn" (the first
-    only). `progressive_input` feeds a pyramid of the input to the levels ("residual", "input_skip" combined by "sum" or
-    "cat", or "none"), `progressive_output` sums images of all levels ("output_skip") or reads the last ("none").
-    `time_embedding="fourier"` takes log(t), with t = 0 read as 1/2. `centered=False` takes input in [0, 1]. `patch_size` p
-    computes on H/p x W/p maps of p^2 C channels. Other values, and sizes that do not halve exactly, are a ValueError.
+    `attention_sizes` are the heights of the feature maps (after `patch_size`) that get self-attention on the way down
+    and up; the middle always has it. `block_type` is "biggan" (both normalisations of a block take the style) or
+    "biggan_oneadagn" (the first only). `progressive_input` feeds a pyramid of the input to the levels ("residual",
+    "input_skip" combined by "sum" or "cat", or "none"), `progressive_output` sums images of all levels ("output_skip")
+    or reads the last ("none"). `time_embedding="fourier"` takes log(t), with t = 0 read as 1/2. `centered=False` takes
+    input in [0, 1]. `patch_size` p computes on H/p x W/p maps of p^2 C channels. Other values, and sizes that do not
+    halve exactly, are a ValueError.
     """
 
     _supports_gradient_checkpointing = True
@@ -170,7 +178,8 @@ class DDGANGenerator(ModelMixin, ConfigMixin):
         class_labels: Tensor | None = None,
         return_dict: bool = True,
     ) -> DDGANGeneratorOutput | tuple[Tensor]:
-        """`sample` (B, C, H, W) is x_{t+1}, `timestep` t in 0..T-1 of shape () or (B,), `latent` (B, latent_dim) ~ N(0, I)."""
+        """`sample` (B, C, H, W) is x_{t+1}, `timestep` t in 0..T-1 of shape () or (B,), `latent` (B, latent_dim) ~
+        N(0, I)."""
         config = self.config
         _check_labels(class_labels, config.num_class_embeds)
         if latent.shape != (sample.shape[0], config.latent_dim):
@@ -227,12 +236,13 @@ class DDGANGenerator(ModelMixin, ConfigMixin):
 class DDGANDiscriminator(ModelMixin, ConfigMixin):
     """Score a pair (x_t, x_{t+1}) for the transition t; large logits mean that x_t looks real.
 
-    `variant="small"` halves the maps three times (images up to about 32 pixels), `"large"` six times (64 pixels and more).
-    Statistics over groups of samples enter before the head: batches are split into groups of `stddev_group_size`, or of its
-    largest smaller number that divides the batch. The reference's groups are strided (samples i, i + B/g, ...);
-    `stddev_contiguous_groups=True` takes consecutive samples instead, so that the processes of a distributed run that hold
-    consecutive rows compute what one process computes. `num_class_embeds` adds a projection of the label
-    (arXiv:1802.05637). `patch_size` p computes on H/p x W/p maps. Wrong values are a ValueError.
+    `variant="small"` halves the maps three times (images up to about 32 pixels), `"large"` six times (64 pixels and
+    more). Statistics over groups of samples enter before the head: batches are split into groups of
+    `stddev_group_size`, or of its largest smaller number that divides the batch. The reference's groups are strided
+    (samples i, i + B/g, ...); `stddev_contiguous_groups=True` takes consecutive samples instead, so that the processes
+    of a distributed run that hold consecutive rows compute what one process computes. `num_class_embeds` adds a
+    projection of the label (arXiv:1802.05637). `patch_size` p computes on H/p x W/p maps. Wrong values are a
+    ValueError.
     """
 
     _supports_gradient_checkpointing = True
@@ -313,7 +323,8 @@ class DDGANDiscriminator(ModelMixin, ConfigMixin):
 
 
 class GeneratorBlock(nn.Module):
-    """BigGAN residual block: style enters by adaptive normalisation, time as a bias; `resample` is None, "up" or "down"."""
+    """BigGAN residual block: style enters by adaptive normalisation, time as a bias; `resample` is None, "up" or
+    "down"."""
 
     def __init__(
         self,
@@ -483,6 +494,8 @@ class Resample(nn.Module):
             self.register_buffer("kernel", fir_kernel_2d(taps), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.fir and x.device.type == "cpu" and max(x.shape[-2:]) <= LARGEST_PRODUCT:
+            return resample_by_products(x, self.kernel, self.direction)
         if self.direction == "up":
             return upsample_2d(x, self.kernel) if self.fir else repeat_upsample_2d(x)
         return downsample_2d(x, self.kernel) if self.fir else mean_downsample_2d(x)
@@ -525,7 +538,8 @@ class FourierTimeFeatures(nn.Module):
 
 
 def append_group_stddev(x: Tensor, group_size: int, contiguous: bool) -> Tensor:
-    """Append the standard deviation over groups of samples, averaged over a sample, as one more channel of (B, C, H, W)."""
+    """Append the standard deviation over groups of samples, averaged over a sample, as one more channel of (B, C, H,
+    W)."""
     batch, _, height, width = x.shape
     group = next(g for g in range(min(batch, group_size), 0, -1) if batch % g == 0)
     groups = (batch // group, group) if contiguous else (group, batch // group)
@@ -548,7 +562,8 @@ def fir_kernel_2d(taps: tuple[float, ...]) -> Tensor:
 
 
 def upfirdn2d(x: Tensor, kernel: Tensor, up: int = 1, down: int = 1, pad: tuple[int, int] = (0, 0)) -> Tensor:
-    """Insert zeros (`up`), pad both axes by `pad` (may be negative), convolve with `kernel` (k, k), keep every `down`-th."""
+    """Insert zeros (`up`), pad both axes by `pad` (may be negative), convolve with `kernel` (k, k), keep every
+    `down`-th."""
     batch, channels, height, width = x.shape
     if up > 1:
         x = F.pad(x[:, :, :, None, :, None], (0, up - 1, 0, 0, 0, up - 1)).reshape(
@@ -562,7 +577,8 @@ def upfirdn2d(x: Tensor, kernel: Tensor, up: int = 1, down: int = 1, pad: tuple[
 def upsample_2d(x: Tensor, kernel: Tensor) -> Tensor:
     """Double a map (B, C, H, W) with a low-pass filter of sum 1.
 
-    Equal to `upfirdn2d` with up=2, which inserts zeros first; the transposed convolution skips them and is three times faster.
+    Equal to `upfirdn2d` with up=2, which inserts zeros first; the transposed convolution skips them and is three times
+    faster.
     """
     height, width = x.shape[-2:]
     size = kernel.shape[0]
@@ -576,6 +592,31 @@ def downsample_2d(x: Tensor, kernel: Tensor) -> Tensor:
     """Halve a map (B, C, H, W) after a low-pass filter of sum 1."""
     excess = kernel.shape[0] - 2
     return upfirdn2d(x, kernel, down=2, pad=((excess + 1) // 2, excess // 2))
+
+
+def resample_by_products(x: Tensor, kernel: Tensor, direction: str) -> Tensor:
+    """`upsample_2d` ("up") or `downsample_2d` ("down") with an outer product as kernel, as two products with banded
+    matrices.
+
+    A CPU multiplies matrices faster than it convolves channel by channel. Forward and backward of (64, 32, 14, 14) on
+    one core: up 25 ms by convolution and 4.8 ms here, down 3.0 and 1.3; in bfloat16 33 and 5.5, 17 and 2.3.
+    """
+    taps = kernel.sum(dim=0)
+    rows, columns = (_axis_matrix(taps, side, direction).to(x.dtype) for side in x.shape[-2:])
+    return rows @ x @ columns.T
+
+
+def _axis_matrix(taps: Tensor, side: int, direction: str) -> Tensor:
+    """Resampling of one axis, (2 side, side) or (side // 2, side)."""
+    inputs, size = torch.arange(side, device=taps.device), len(taps)
+    if direction == "up":
+        outputs = torch.arange(2 * side, device=taps.device)
+        places, weights = outputs[:, None] - 2 * inputs + size - 2 - (size - 1) // 2, 2 * taps
+    else:
+        outputs = torch.arange(side // 2, device=taps.device)
+        places, weights = inputs - 2 * outputs[:, None] + (size - 1) // 2, taps.flip(0)
+    inside = (places >= 0) & (places < size)
+    return torch.where(inside, weights[places.clamp(0, size - 1)], 0.0)
 
 
 def conv_downsample_2d(x: Tensor, weight: Tensor, kernel: Tensor, bias: Tensor | None = None) -> Tensor:

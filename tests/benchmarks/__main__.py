@@ -1,5 +1,8 @@
 """`make bench`: how long the same work takes here and in diffusers, as ratios of paired runs (below 1 is faster here).
 
+few_steps compares DDGAN's 4 steps with diffusers' DDIM-50 and DDPM-1000, adversarial_step a DDGAN step with the
+reference's way of computing it.
+
 python -m tests.benchmarks [--only scheduler_step,unet_forward] [--pairs 7] [--threads 2] [--output benchmarks.json]
 """
 
@@ -14,7 +17,7 @@ from pathlib import Path
 import torch
 
 from hf_diffusion.environment import environment
-from tests.benchmarks import sampling_loop, scheduler_step, training_step, unet_forward
+from tests.benchmarks import adversarial_step, few_steps, sampling_loop, scheduler_step, training_step, unet_forward
 from tests.benchmarks.pairs import Result, measure
 
 
@@ -23,6 +26,8 @@ SUBJECTS = {
     "unet_forward": unet_forward,
     "training_step": training_step,
     "sampling_loop": sampling_loop,
+    "few_steps": few_steps,
+    "adversarial_step": adversarial_step,
 }
 
 
@@ -54,7 +59,7 @@ def row(result: Result) -> str:
     s = result.summary()
     unit, scale = ("s ", 1) if s["stock_seconds"] >= 10 else ("ms", 1000)
     return (
-        f"{s['name']:<56} {s['ratio']:5.2f} ({s['ratio_min']:.2f}-{s['ratio_max']:.2f}) {s['target']:6.2f} {'yes' if s['reached'] else 'NO':>7} "
+        f"{s['name']:<56} {s['ratio']:5.3f} ({s['ratio_min']:.3f}-{s['ratio_max']:.3f}) {s['target']:6.2f} {'yes' if s['reached'] else 'NO':>7} "
         f"{s['stock_seconds'] * scale:9.1f} {unit} {s['our_seconds'] * scale:9.1f} {unit}"
     )
 
@@ -75,7 +80,7 @@ def main(argv: list[str]) -> int:
         f"{options.threads} threads, load {load_before[0]:.1f}; median ratio ours / diffusers of alternating runs (min-max)\n"
     )
     print(
-        f"{'same work':<56} {'ratio':>5} {'(min-max)':<11} {'target':>6} {'reached':>7} {'diffusers':>12} {'ours':>12}"
+        f"{'same work':<56} {'ratio':>5} {'(min-max)':<13} {'target':>6} {'reached':>7} {'diffusers':>12} {'ours':>12}"
     )
     results = []
     for subject in options.only:

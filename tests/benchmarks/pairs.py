@@ -1,4 +1,5 @@
-"""Timing of the same work in diffusers and here, in alternating runs, so that a slow minute of the machine meets both."""
+"""Timing of the same work in diffusers and here, in alternating runs, so that a slow minute of the machine meets
+both."""
 
 import statistics
 import time
@@ -11,9 +12,12 @@ Work = Callable[[], object]
 
 @dataclass
 class Comparison:
-    """Work of diffusers, and the same work here in one or more variants; each with the ratio of times that it has to reach.
+    """Work of diffusers (or of what the name says), and the same work here in one or more variants; each with the
+    ratio to reach.
 
     `calls` are timed together, so that one measurement is long against the clock and the scheduler of the system.
+    Where only a part of the other's work is timed, as the name then says, `stock_scale` is the whole of it over that
+    part.
     """
 
     name: str
@@ -22,6 +26,7 @@ class Comparison:
     calls: int = 1
     most_rounds: int | None = None
     warm_up: bool = True
+    stock_scale: float = 1.0
 
 
 @dataclass
@@ -69,5 +74,6 @@ def measure(comparison: Comparison, rounds: int) -> Iterator[Result]:
     rounds = min(rounds, comparison.most_rounds or rounds)
     times = [[seconds(work, comparison.calls) for work in works] for _ in range(rounds)]
     stock, *variants = (list(column) for column in zip(*times))
+    stock = [comparison.stock_scale * time for time in stock]
     for (variant, (_, target)), column in zip(comparison.ours.items(), variants):
         yield Result(f"{comparison.name}, {variant}" if variant else comparison.name, target, stock, column)

@@ -13,6 +13,7 @@ from hf_diffusion.models.ncsnpp_ddgan import (
     append_group_stddev,
     downsample_2d,
     fir_kernel_2d,
+    resample_by_products,
     upfirdn2d,
     upsample_2d,
 )
@@ -189,6 +190,18 @@ def test_upsampling_equals_zero_insertion_and_filtering(taps):
     x, kernel, excess = torch.randn(2, 3, 5, 4), fir_kernel_2d(taps), len(taps) - 2
     expected = upfirdn2d(x, 4 * kernel, up=2, pad=((excess + 1) // 2 + 1, excess // 2))
     torch.testing.assert_close(upsample_2d(x, kernel), expected)
+
+
+@pytest.mark.parametrize("taps", [(1, 1), (1, 2, 1), (1, 3, 3, 1), (1, 2, 3, 5), (1, 4, 6, 4, 1), (1, 2, 3, 3, 2, 1)])
+def test_the_matrices_of_the_cpu_are_the_convolutions(taps):
+    kernel = fir_kernel_2d(taps)
+    for size in ((5, 4), (14, 14), (2, 7)):
+        x = torch.randn(2, 3, *size)
+        for direction, convolve in (("up", upsample_2d), ("down", downsample_2d)):
+            torch.testing.assert_close(resample_by_products(x, kernel, direction), convolve(x, kernel))
+    small = torch.randn(1, 1, 4, 4, dtype=torch.float64, requires_grad=True)
+    for direction in ("up", "down"):
+        assert gradgradcheck(lambda v, d=direction: resample_by_products(v, kernel, d).square(), small)
 
 
 @pytest.mark.parametrize("variant", ["small", "large"])

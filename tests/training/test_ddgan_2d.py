@@ -1,31 +1,33 @@
-"""Denoising diffusion GANs in the plane: every divergence finds the modes, with the package's process, losses and defaults.
+"""Denoising diffusion GANs in the plane: every divergence finds the modes, with the trainer, losses, pipeline and
+defaults of the package.
 
-The settings are the same for all but R1's weight, which is the default of the divergence. Measured figures hold for one thread and seed 0.
+A point is an image of two channels and one pixel.
 """
 
 import math
-from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
-from diffusers.training_utils import EMAModel
+from accelerate import Accelerator
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
-from hf_diffusion.ddgan_trainer import R1_GAMMA, AdversarialObjective, DiscriminatorHalf
-from hf_diffusion.losses.adversarial import generator_loss
-from hf_diffusion.lr_schedule import lr_factor
-from hf_diffusion.schedulers.scheduling_ddgan import DDGANScheduler
+from hf_diffusion.ddgan_trainer import R1_GAMMA, DDGANTrainer
+from hf_diffusion.pipelines.pipeline_ddgan import DDGANPipeline
+from hf_diffusion.training.train_ddgan import SAMPLERS, DDGANConfig, build_scheduler
 
 
-pytestmark = pytest.mark.study
-T, WIDTH, BATCH, LATENT, STEPS, SAMPLES = 4, 128, 256, 4, 1500, 4000
+T, WIDTH, BATCH, LATENT, STEPS, POINTS, SAMPLES = 4, 128, 256, 4, 2500, 2**16, 4000
 DEVIATION = 0.05
 ANGLES = torch.arange(8) * math.pi / 4
 CENTRES = torch.stack([ANGLES.cos(), ANGLES.sin()], dim=1)  # (8, 2), radius 1
 
 
-def gaussians(count: int, rng: torch.Generator) -> Tensor:
+def gaussians(count: int, seed: int) -> Tensor:
     """Eight Gaussians on a ring, (count, 2)."""
+    rng = torch.Generator().manual_seed(seed)
     return CENTRES[torch.randint(8, (count,), generator=rng)] + DEVIATION * torch.randn(count, 2, generator=rng)
 
 
@@ -35,8 +37,25 @@ def roll(u: Tensor) -> Tensor:
     return angle[:, None] / (2.25 * math.pi) * torch.stack([angle.cos(), angle.sin()], dim=1)
 
 
-def swiss_roll(count: int, rng: torch.Generator) -> Tensor:
+def swiss_roll(count: int, seed: int) -> Tensor:
+    rng = torch.Generator().manual_seed(seed)
     return roll(torch.rand(count, generator=rng)) + 0.02 * torch.randn(count, 2, generator=rng)
+
+
+class Points:
+    """What the trainer asks of a data set, for points (N, 2)."""
+
+    name, channels, size, num_classes = "points", 2, (1, 1), None
+
+    def __init__(self, points: Tensor):
+        self.pixels = points[:, :, None, None]
+        self.fingerprint = str(float(points.sum()))
+
+    def __len__(self) -> int:
+        return len(self.pixels)
+
+    def fetch(self, indices: list[int], epochs: list[int]) -> dict[str, Tensor]:
+        return {"pixels": self.pixels[indices], "indices": torch.tensor(indices)}
 
 
 def mlp(inputs: int, outputs: int) -> nn.Sequential:
@@ -46,75 +65,76 @@ def mlp(inputs: int, outputs: int) -> nn.Sequential:
     return nn.Sequential(*layers, nn.Linear(WIDTH, outputs))
 
 
-def one_hot(t: Tensor) -> Tensor:
-    return nn.functional.one_hot(t, T).float()
+def one_hot(t: Tensor, rows: int) -> Tensor:
+    return nn.functional.one_hot(t, T).float().expand(rows, T)
 
 
-class Critic(nn.Module):
+class PointGenerator(ModelMixin, ConfigMixin):
+    """x_0 from (x_{t+1}, t, latent) by a multilayer perceptron."""
+
+    @register_to_config
+    def __init__(
+        self, latent_dim=LATENT, in_channels=2, sample_size=(1, 1), num_class_embeds=None, model_channels=WIDTH
+    ):
+        super().__init__()
+        self.net = mlp(2 + T + latent_dim, 2)
+
+    def forward(self, x_tp1, t, latent, labels=None, return_dict=False):
+        points = self.net(torch.cat([x_tp1.flatten(1), one_hot(t, len(x_tp1)), latent], dim=1))
+        return (points[:, :, None, None],)
+
+
+class PointCritic(nn.Module):
     def __init__(self):
         super().__init__()
         self.net = mlp(4 + T, 1)
 
     def forward(self, x_t, t, x_tp1, labels, return_dict):
-        return (self.net(torch.cat([x_t, x_tp1, one_hot(t)], dim=1))[:, 0],)
+        return (self.net(torch.cat([x_t.flatten(1), x_tp1.flatten(1), one_hot(t, len(x_t))], dim=1))[:, 0],)
 
 
-def train_and_sample(
-    divergence: str, draw_data: Callable[[int, torch.Generator], Tensor], steps: int = STEPS
-) -> Tensor:
-    """Points (SAMPLES, 2) from the averaged generator after `steps` steps, all random numbers from one generator."""
-    rng = torch.Generator().manual_seed(0)
-    torch.manual_seed(0)
-    torch.set_num_threads(1)
-    scheduler = DDGANScheduler(T)
-    objective = AdversarialObjective(divergence=divergence, r1_gamma=R1_GAMMA[divergence])
-    generator, critic = mlp(2 + T + LATENT, 2), Critic()
-    half = DiscriminatorHalf(critic, objective)
-    optimizers = [
-        torch.optim.Adam(net.parameters(), 1e-3, betas=(0.5, 0.9), fused=True) for net in (generator, critic)
-    ]
-    ema = EMAModel(generator.parameters(), decay=0.995, use_ema_warmup=True, power=0.75, foreach=True)
+def train_and_sample(points: Tensor, divergence: str, folder: Path) -> Tensor:
+    """Points (SAMPLES, 2) in four steps of the pipeline, from the averaged generator after STEPS steps of the trainer.
 
-    def normal(count: int, width: int) -> Tensor:
-        return torch.randn(count, width, generator=rng)
-
-    def generate(x_tp1: Tensor, t: Tensor) -> Tensor:
-        x_0 = generator(torch.cat([x_tp1, one_hot(t), normal(len(x_tp1), LATENT)], dim=1))
-        return scheduler.sample_posterior(x_0, x_tp1, t, normal(len(x_tp1), 2))
-
-    for step in range(steps):
-        for optimizer in optimizers:
-            optimizer.param_groups[0]["lr"] = 1e-3 * lr_factor(step, steps, "trapezoid", warmup_steps=0)
-        x_0 = draw_data(BATCH, rng)
-        for is_critic, optimizer in zip((True, False), reversed(optimizers)):
-            t = torch.randint(T, (BATCH,), generator=rng)
-            x_t, x_tp1 = scheduler.q_sample_pairs(x_0, t, normal(BATCH, 2), normal(BATCH, 2))
-            if is_critic:
-                with torch.no_grad():
-                    x_fake = generate(x_tp1, t)
-                loss = half(x_t, x_fake, t, x_tp1, None, objective.r1_gamma, None)["loss"]
-            else:
-                critic.requires_grad_(False)
-                value = critic(generate(x_tp1, t), t, x_tp1, None, False)[0]
-                loss = generator_loss(divergence, value)
-                critic.requires_grad_(True)
-            optimizer.zero_grad()
-            loss.mean().backward()
-            optimizer.step()
-        ema.step(generator.parameters())
-    ema.copy_to(generator.parameters())
-    with torch.no_grad():
-        x = normal(SAMPLES, 2)
-        for t in scheduler.timesteps:
-            x = generate(x, t.expand(SAMPLES))
-    return x
-
-
-def sliced_distance(a: Tensor, b: Tensor) -> float:
-    """Mean Wasserstein-1 distance of the projections on 64 directions."""
-    angle = torch.arange(64) * math.pi / 64
-    directions = torch.stack([angle.cos(), angle.sin()])
-    return float(((a @ directions).sort(0)[0] - (b @ directions).sort(0)[0]).abs().mean())
+    What is not named here is the default of train_ddgan.py, R1's weight among them. Adam without momentum and a second
+    moment over 100 steps bring the weakest two, total_variation and wasserstein, from 0.57 and 0.61 of the samples
+    near a mode to 0.77 and 0.75.
+    """
+    config = DDGANConfig(
+        dataset_name="points",
+        output_dir=str(folder),
+        divergence=divergence,
+        num_timesteps=T,
+        train_batch_size=BATCH,
+        max_train_steps=STEPS,
+        learning_rate=2e-3,
+        lr_warmup_steps=0,
+        adam_beta1=0.0,
+        adam_beta2=0.99,
+        ema_max_decay=0.995,
+        logging_steps=500,
+        checkpointing_steps=STEPS,
+    )
+    config.validate()
+    torch.manual_seed(config.seed)
+    exported: list[nn.Module] = []
+    trainer = DDGANTrainer(
+        config,
+        Accelerator(cpu=True),
+        PointGenerator(),
+        PointCritic(),
+        build_scheduler(config),
+        Points(points),
+        config.objective(),
+        SAMPLERS[config.timestep_sampling],
+        config.learning_rate,
+        export=lambda averaged, target: exported.append(averaged),
+    )
+    assert trainer.train()
+    pipe = DDGANPipeline(exported[0], build_scheduler(config))
+    pipe.set_progress_bar_config(disable=True)
+    noise = torch.Generator().manual_seed(config.seed)
+    return pipe(batch_size=SAMPLES, generator=noise, output_type="latent").images.flatten(1)
 
 
 def nearest(samples: Tensor, points: Tensor) -> tuple[Tensor, Tensor]:
@@ -122,43 +142,55 @@ def nearest(samples: Tensor, points: Tensor) -> tuple[Tensor, Tensor]:
     return torch.cdist(samples, points).min(dim=1)
 
 
-@pytest.mark.parametrize("divergence", R1_GAMMA)
-def test_every_divergence_finds_at_least_seven_of_eight_gaussians_in_four_steps(divergence):
-    """A mode counts with 2 % of the samples within 4 standard deviations. Measured: 8 of 8 with each, least share 0.048 to 0.067."""
-    samples = train_and_sample(divergence, gaussians)
+def mode_shares(samples: Tensor) -> Tensor:
+    """Share of the samples (8,) within 4 standard deviations of each centre."""
     distance, mode = nearest(samples, CENTRES)
-    share = torch.bincount(mode[distance < 4 * DEVIATION], minlength=8) / SAMPLES
-    reference = gaussians(SAMPLES, torch.Generator().manual_seed(1))
-    sliced = sliced_distance(samples, reference)
-    print(
-        f"{divergence}: {int((share > 0.02).sum())} modes, least {share.min():.3f}, near a mode {share.sum():.2f}, SW {sliced:.3f}"
-    )
-    assert int((share > 0.02).sum()) >= 7, share
-    assert share.sum() > 0.3 and sliced < 0.12  # points drawn from N(0, I): 0.10 near a mode, 0.2
+    return torch.bincount(mode[distance < 4 * DEVIATION], minlength=8) / len(samples)
 
 
-@pytest.mark.parametrize(
-    "divergence, steps, near_share, limit",
-    [
-        ("js", 3000, 0.65, 0.09),
-        ("hellinger", 2000, 0.55, 0.13),
-        ("reverse_kl", 2000, 0.55, 0.17),
-        ("total_variation", 2000, 0.36, 0.13),
-        ("wasserstein", 2000, 0.36, 0.13),
-    ],
-)
-def test_every_divergence_approaches_the_swiss_roll_and_js_follows_it_from_end_to_end(
-    divergence, steps, near_share, limit
-):
-    """Measured: near 0.82, 0.74, 0.77, 0.44, 0.42; distance 0.05, 0.09, 0.12, 0.09, 0.09; of unit noise 0.30 and 0.23, of data 1 and 0.02."""
-    samples = train_and_sample(divergence, swiss_roll, steps)
+def curve_shares(samples: Tensor) -> Tensor:
+    """Share of the samples (8,) within 0.15 of each eighth of the swiss roll, whose windings are 0.9 apart."""
     distance, place = nearest(samples, roll(torch.linspace(0, 1, 400)))
-    near = distance < 0.2  # the windings are 0.9 apart
-    sliced = sliced_distance(samples, swiss_roll(SAMPLES, torch.Generator().manual_seed(1)))
-    share = torch.bincount(place[distance < 0.1] * 8 // 400, minlength=8) / SAMPLES  # of each eighth of the curve
-    print(
-        f"{divergence}: near {near.float().mean():.2f}, SW {sliced:.3f}, eighths {[round(float(p), 3) for p in share]}"
-    )
-    assert near.float().mean() > near_share and sliced < limit
-    if divergence == "js":
-        assert int((share > 0.02).sum()) >= 7, share  # unit noise: 3
+    return torch.bincount(place[distance < 0.15] * 8 // 400, minlength=8) / len(samples)
+
+
+def test_the_criteria_hold_for_data_and_not_for_noise_or_for_half_of_the_modes():
+    noise = torch.randn(SAMPLES, 2, generator=torch.Generator().manual_seed(0))
+    for draw, shares in ((gaussians, mode_shares), (swiss_roll, curve_shares)):
+        assert shares(draw(SAMPLES, 1)).sum() > 0.99 and shares(draw(SAMPLES, 1)).min() > 0.1
+        assert shares(noise).sum() < 0.35
+    half = gaussians(SAMPLES, 1)
+    assert int((mode_shares(torch.where(half[:, :1] > 0, half, -half)) > 0.04).sum()) < 7
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("divergence", R1_GAMMA)
+def test_every_divergence_finds_at_least_seven_of_eight_gaussians_in_four_steps(tmp_path, divergence):
+    """A mode is found if 4 % of the samples lie within 4 standard deviations of it (a share of 12.5 % would be right).
+
+    Measured with 2,500 steps on one core (18 to 20 s each), seeds 0, 1 and 2; all 24 shares of modes were above 0.04
+    every time:
+
+    | divergence      | R1 gamma | least share of a mode | within 4 deviations |
+    |-----------------|----------|-----------------------|---------------------|
+    | js              | 0.05     | 0.091  0.093  0.096   | 0.83  0.84  0.83    |
+    | hellinger       | 0.05     | 0.091  0.083  0.094   | 0.83  0.82  0.83    |
+    | reverse_kl      | 0.05     | 0.098  0.093  0.090   | 0.84  0.84  0.83    |
+    | total_variation | 0.5      | 0.084  0.085  0.083   | 0.77  0.75  0.74    |
+    | wasserstein     | 1        | 0.086  0.086  0.083   | 0.75  0.77  0.76    |
+    """
+    share = mode_shares(train_and_sample(gaussians(POINTS, 12345), divergence, tmp_path))
+    assert int((share > 0.04).sum()) >= 7, share
+    assert share.sum() > 0.6, share  # unit noise: 0.10
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("divergence", ["js", "wasserstein"])
+def test_samples_cover_the_swiss_roll_from_end_to_end_in_four_steps(tmp_path, divergence):
+    """Within 0.15 of the curve, seed 1: js 0.88, hellinger 0.85, reverse_kl 0.87, total_variation 0.81, wasserstein
+    0.79.
+
+    The least share of an eighth, which is 0.125 in the data: 0.092, 0.079, 0.086, 0.084, 0.082.
+    """
+    share = curve_shares(train_and_sample(swiss_roll(POINTS, 12345), divergence, tmp_path))
+    assert share.min() > 0.04 and share.sum() > 0.65, share  # unit noise: 0.22

@@ -18,7 +18,7 @@ from torch import nn
 from hf_diffusion import DDGANPipeline
 from hf_diffusion.config.training import parse_config
 from hf_diffusion.data.images import load_images
-from hf_diffusion.ddgan_trainer import ADVICE, AdversarialObjective, DDGANTrainer, DiscriminatorHalf
+from hf_diffusion.ddgan_trainer import ADVICE, R1_GAMMA, AdversarialObjective, DDGANTrainer, DiscriminatorHalf
 from hf_diffusion.randomness import Draw
 from hf_diffusion.reporting import RunningMeans
 from hf_diffusion.training import train_ddgan
@@ -29,10 +29,10 @@ from tests.launching import ENVIRONMENT, launcher
 REPO = Path(__file__).resolve().parents[2]
 DIVERGENCES = ["js", "hellinger", "reverse_kl", "total_variation", "wasserstein"]
 TINY = """
-    --dataset_name digits --max_train_samples 64 --class_conditional --model_channels 8 --channel_mult 1,2 --num_res_blocks 1
-    --latent_dim 4 --latent_embed_dim 8 --num_latent_layers 1 --patch_size 2 --discriminator_patch_size 1 --discriminator_channels 4
-    --time_embed_dim 8 --train_batch_size 8 --logging_steps 2 --sample_steps none --num_sample_images 10 --checkpointing_steps 3
-    --learning_rate 0.005 --ema_max_decay 0.9
+    --dataset_name digits --max_train_samples 64 --class_conditional --model_channels 8 --channel_mult 1,2
+    --num_res_blocks 1 --latent_dim 4 --latent_embed_dim 8 --num_latent_layers 1 --patch_size 2
+    --discriminator_patch_size 1 --discriminator_channels 4 --time_embed_dim 8 --train_batch_size 8 --logging_steps 2
+    --sample_steps none --num_sample_images 10 --checkpointing_steps 3 --learning_rate 0.005 --ema_max_decay 0.9
 """.split()
 SEVEN = ["--max_train_steps", "7", "--gradient_accumulation_steps", "2", "--r1_interval", "2", "--dropout", "0.1"]
 
@@ -85,14 +85,14 @@ def finished(tmp_path_factory) -> Path:
     return run(tmp_path_factory.mktemp("run") / "whole", *SEVEN)
 
 
-# --- what a run leaves --------------------------------------------------------------------------------------------------
+# --- what a run leaves -----------------------------------------------------------------------------------------------
 
 
 def test_a_run_leaves_pipeline_config_metrics_curve_samples_and_card(finished):
     for name in ("model_index.json", "config.yaml", "metrics.jsonl", "loss_curve.png", "generator/ncsnpp_ddgan.py"):
         assert (finished / name).is_file(), name
-    pictures = sorted(path.name for path in (finished / "samples").iterdir())
-    assert pictures == ["ema-00000007.png", "raw-00000007.png"]
+    pictures = {path.name for path in (finished / "samples").iterdir()}
+    assert {"ema-00000007.png", "raw-00000007.png"} <= pictures
     assert min(Image.open(finished / "loss_curve.png").size) > 500
     card = (finished / "README.md").read_text()
     assert "class-conditional denoising diffusion GAN" in card and "- ddgan" in card and "class_labels" in card
@@ -191,7 +191,7 @@ def test_every_option_trains_two_steps_and_exports(tmp_path, flags):
     assert pipe(**labels, output_type="np").images.shape == (2, 8, 8, 1)
 
 
-# --- the two halves -----------------------------------------------------------------------------------------------------
+# --- the two halves --------------------------------------------------------------------------------------------------
 
 
 def test_the_discriminators_half_builds_no_graph_of_the_generator_and_the_generators_half_none_of_the_discriminators_weights(
@@ -285,7 +285,7 @@ def test_with_n_critic_the_generator_moves_at_every_nth_step_only(tmp_path):
     assert moved == [(False, True), (False, True), (True, True)] * 2
 
 
-# --- health -------------------------------------------------------------------------------------------------------------
+# --- health ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -333,7 +333,7 @@ def test_a_half_with_a_gradient_that_is_not_finite_changes_nothing_and_is_counte
         trainer._optimizer_step(stream)
 
 
-# --- resuming and dividing the work --------------------------------------------------------------------------------------
+# --- resuming and dividing the work ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("interrupted_at", [3, 5])
@@ -382,6 +382,7 @@ def test_accumulation_gives_the_gradients_of_the_whole_batch(tmp_path):
 @pytest.mark.slow
 def test_two_processes_have_the_gradients_and_samples_of_one_with_the_whole_batch(tmp_path):
     flags = ["--max_train_steps", "6", "--divergence", "wasserstein", "--wgan_gp", "1", "--logging_steps", "1"]
+    flags += ["--learning_rate", "0.0005"]
     for name, processes, batch in (("one", 1, "16"), ("two", 2, "8")):
         command = [*launcher(processes), "training/train_ddgan.py", *TINY, *flags]
         command += ["--output_dir", str(tmp_path / name), "--train_batch_size", batch]
@@ -391,9 +392,12 @@ def test_two_processes_have_the_gradients_and_samples_of_one_with_the_whole_batc
     names = ["loss_d", "loss_g", "penalty", "right", "max_abs_v", "grad_norm_d", "grad_norm_g"]
     names += [f"{side}_t{t}" for side in ("real", "fake") for t in range(4)]
     for two, one in zip(metrics(tmp_path / "two"), metrics(tmp_path / "one"), strict=True):
+        # the same weights at first; then Adam's steps carry the rounding of other batch sizes on
+        tolerance = {"rel": 1e-4, "abs": 1e-5} if one["step"] == 1 else {"rel": 1e-2, "abs": 1e-4}
         for name in names:
-            assert two.get(name) == pytest.approx(one.get(name), rel=2e-3, abs=1e-5), (name, two, one)
-    # Answers, not weights: the bias of the attention's keys has no effect, so Adam moves it by the sign of rounding errors.
+            assert two.get(name) == pytest.approx(one.get(name), **tolerance), (name, two, one)
+    # Answers, not weights: the bias of the attention's keys has no effect, so Adam moves it by the sign of rounding
+    # errors.
     answers = [sample_latents(tmp_path / name) for name in ("one", "two")]
     torch.testing.assert_close(*answers, rtol=1e-3, atol=1e-3)
 
@@ -403,7 +407,7 @@ def sample_latents(folder: Path) -> torch.Tensor:
     return pipe(list(range(10)), generator=torch.Generator().manual_seed(0), output_type="latent").images
 
 
-# --- settings -----------------------------------------------------------------------------------------------------------
+# --- settings --------------------------------------------------------------------------------------------------------
 
 
 def test_dry_run_shows_costs_of_both_networks_without_training(tmp_path, capsys):
@@ -414,9 +418,10 @@ def test_dry_run_shows_costs_of_both_networks_without_training(tmp_path, capsys)
     assert not (tmp_path / "metrics.jsonl").exists()
 
 
-@pytest.mark.parametrize(
-    "recipe", sorted((REPO / "training" / "recipes").glob("*ddgan*.yaml")), ids=lambda path: path.stem
-)
+RECIPES = sorted((REPO / "training" / "recipes").glob("*ddgan*.yaml"))
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
 @pytest.mark.parametrize("steps", [2, 4, 8])
 def test_recipes_are_settings_of_networks_that_take_their_images_for_every_number_of_steps(recipe, steps):
     config = parse_config(train_ddgan.DDGANConfig, ["--config", str(recipe), "--num_timesteps", str(steps)])
@@ -430,6 +435,16 @@ def test_recipes_are_settings_of_networks_that_take_their_images_for_every_numbe
     labels = y if config.class_conditional else None
     assert generator(x, t, torch.zeros(4, config.latent_dim), labels).sample.shape == x.shape
     assert discriminator(x, t, x, labels).logits.shape == (4,)
+    assert len(train_ddgan.build_scheduler(config)) == steps
+
+
+@pytest.mark.parametrize("recipe", [path for path in RECIPES if "fashion" in path.stem], ids=lambda path: path.stem)
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_the_fashion_recipes_leave_the_weight_of_r1_to_the_divergence(recipe, divergence):
+    flags = ["--dataset_name", "none", "--train_data_dir", "train.parquet", "--divergence", divergence]
+    config = parse_config(train_ddgan.DDGANConfig, ["--config", str(recipe), *flags])
+    assert config.r1_gamma is None and config.objective().r1_gamma == R1_GAMMA[divergence]
+    assert config.dataset_name is None and config.train_data_dir == "train.parquet"
 
 
 @pytest.mark.parametrize(
@@ -460,12 +475,14 @@ def test_a_checkpoint_of_another_game_is_refused(finished):
         )
 
 
-# --- quality ------------------------------------------------------------------------------------------------------------
+# --- quality ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.study
+@pytest.mark.slow
 def test_digits_drawn_in_four_steps_are_those_that_were_asked_for(tmp_path):
-    """The digits recipe; measured on one core: see DIGITS_ACCURACY."""
+    """The digits recipe, seed 0, 1,000 steps in 190 s on one core: accuracy 0.971 of 1,000 samples, spread about the
+    class means 15.7 in sixteenths of the grey scale (real digits 25.6). With 1,400 steps 0.999 and 12.6.
+    """
     from hf_diffusion.training.demo_digits import judge
 
     recipe = REPO / "training" / "recipes" / "digits_ddgan.yaml"
@@ -474,4 +491,8 @@ def test_digits_drawn_in_four_steps_are_those_that_were_asked_for(tmp_path):
     labels = [digit for digit in range(10) for _ in range(50)]
     generators = [torch.Generator().manual_seed(i) for i in range(len(labels))]
     images = (pipe(labels, generator=generators, output_type="np").images * 255).round().astype(np.uint8)
-    assert judge(images.reshape(-1, 8, 8), np.array(labels)) > 0.8
+    images = images.reshape(-1, 8, 8)
+    assert judge(images, np.array(labels)) > 0.9
+    pixels = images.reshape(10, 50, 64) * (16 / 255)
+    spread = np.linalg.norm(pixels - pixels.mean(axis=1, keepdims=True), axis=2).mean()
+    assert spread > 10  # not one image a class
