@@ -1,0 +1,129 @@
+"""The study's commands are ones that the scripts and `hf-diffusion evaluate` take; its report says what was measured.
+
+The trainings themselves take hours: here the commands are caught, parsed by their real parsers, and answered with made-up measures.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from hf_diffusion.cli import UsageError, build_parser
+from hf_diffusion.commands.evaluate import all_settings
+from hf_diffusion.config.training import parse_config
+from hf_diffusion.training import study_fashion_mnist as study
+from hf_diffusion.training.train_classifier import ClassifierConfig
+from hf_diffusion.training.train_ddgan import DDGANConfig
+from hf_diffusion.training.train_ddpm import DDPMConfig
+
+
+CONFIGS = {"train_ddpm.py": DDPMConfig, "train_classifier.py": ClassifierConfig, "train_ddgan.py": DDGANConfig}
+
+
+class Machine:
+    """Stands for the processes that the study starts: trainings leave a card, evaluations what their settings ask for."""
+
+    def __init__(self):
+        self.trained: list[tuple[str, object]] = []
+        self.evaluated: list = []
+
+    def launch(self, words: list[str]) -> None:
+        if words[0] == "hf_diffusion.cli":
+            self.evaluate(build_parser().parse_args(words[1:]))
+        else:
+            script = Path(words[1]).name
+            config = parse_config(CONFIGS[script], words[2:])
+            self.trained.append((script, config))
+            Path(config.output_dir).mkdir(parents=True)
+            Path(config.output_dir, "README.md").write_text("card")
+
+    def evaluate(self, args) -> None:
+        self.evaluated.append(args)
+        results = []
+        for number, setting in enumerate(all_settings(args, UsageError), 1):
+            steps = setting.get("num_inference_steps") or args.num_inference_steps
+            free = setting.get("guidance") != "classifier"
+            sampling = {
+                "pipeline": "ClassifierFreeGuidancePipeline" if free else "ClassifierGuidancePipeline",
+                "sampler": "DDIMEtaScheduler",
+                "sampler_config": {"num_train_timesteps": 4},
+                "options": {"num_inference_steps": steps, "guidance_scale": setting.get("guidance_scale", 1.0)},
+            }
+            measures = {name: {"name": name, "value": 0.5, "error": None} for name in ("precision", "recall")}
+            measures["fd"] = {"name": "FD-10k", "value": 1.0 / number, "error": 0.01}
+            results.append({"settings": setting, "measures": measures, "seconds_per_image": 0.01 * (steps or 4),
+                            "protocol": {"sampling": sampling, "count": args.num_images}})  # fmt: skip
+        args.output_dir.mkdir(parents=True, exist_ok=True)
+        (args.output_dir / "metrics.json").write_text(json.dumps({"results": results}))
+
+
+@pytest.fixture
+def machine(monkeypatch):
+    machine = Machine()
+    monkeypatch.setattr(study, "launch", machine.launch)
+    return machine
+
+
+def run(folder: Path, *words: str) -> int:
+    return study.main(["run", *words, "--output_dir", str(folder)])
+
+
+@pytest.mark.parametrize("size", ["cpu", "gpu"])
+def test_every_cell_is_a_training_and_measurements_that_the_commands_take(machine, tmp_path, size):
+    assert run(tmp_path, "all", "--size", size) == 0
+    games = {(c.divergence, c.num_timesteps) for script, c in machine.trained if script == "train_ddgan.py"}
+    assert games == {(d, t) for d in study.DIVERGENCES for t in (3, 4, 5, 10)}
+    assert sorted(c.ddpm_num_steps for script, c in machine.trained if script == "train_ddpm.py") == [50, 300, 1000]
+    assert [script for script, _ in machine.trained].count("train_classifier.py") == 1
+    guided = [args for args in machine.evaluated if args.guide_by is not None]
+    assert [Path(args.guide_by).name for args in guided] == ["classifier"]
+
+
+def test_what_is_done_is_left_alone_and_another_number_of_images_is_measured_anew(machine, tmp_path):
+    run(tmp_path, "ddgan_js_t4")
+    run(tmp_path, "ddgan_js_t4")
+    assert (len(machine.trained), len(machine.evaluated)) == (1, 1)
+    run(tmp_path, "ddgan_js_t4", "--num_images", "2000")
+    assert (len(machine.trained), len(machine.evaluated)) == (1, 2)
+
+
+def test_long_chains_draw_fewer_images_and_say_so(machine, tmp_path):
+    run(tmp_path, "ddpm", "--network_calls", "3000000")
+    counts = {args.output_dir.name: args.num_images for args in machine.evaluated}
+    assert counts == {"ddim": 10_000, "ddim_4": 10_000, "ddpm_50": 10_000, "ddpm_300": 10_000, "ddpm_1000": 3000}
+    rows = json.loads((tmp_path / "cpu" / "study.json").read_text())
+    assert {r["network_calls"]: r["images"] for r in rows}[1000] == 3000
+
+
+def test_the_report_counts_two_network_calls_for_a_step_of_classifier_free_guidance(machine, tmp_path):
+    run(tmp_path, "ddpm", "classifier", "guidance", "ddgan_js_t4")
+    rows = json.loads((tmp_path / "cpu" / "study.json").read_text())
+    guidance = {r["settings"]: r["network_calls"] for r in rows if r["cell"] == "guidance"}
+    assert guidance["guidance classifier_free, guidance_scale 2.0"] == 40
+    assert guidance["guidance classifier_free, guidance_scale 1.0"] == 20
+    assert guidance["guidance classifier, guidance_scale 2.0"] == 20
+    assert [r["network_calls"] for r in rows if r["cell"] == "ddgan_js_t4"] == [4]
+    lines = (tmp_path / "cpu" / "study.md").read_text().splitlines()
+    assert len([line for line in lines if line.startswith("| ")]) == 1 + 1 + len(rows)
+    with Image.open(tmp_path / "cpu" / "quality_against_time.png") as picture:
+        assert len(set(picture.convert("RGB").resize((200, 120)).getdata())) > 20
+
+
+def test_wrong_cells_are_one_sentence(machine, tmp_path, capsys):
+    with pytest.raises(SystemExit, match="there is no cell 'ddpn'; choose from ddpm, classifier, guidance"):
+        run(tmp_path, "ddpn")
+    with pytest.raises(SystemExit, match="guidance needs ddpm, which is not trained; run it, too"):
+        run(tmp_path, "guidance")
+    with pytest.raises(SystemExit, match="nothing is measured in .* yet"):
+        study.main(["report", "--output_dir", str(tmp_path)])
+    with pytest.raises(SystemExit) as stopped:
+        run(tmp_path)
+    assert stopped.value.code == 2 and "run needs the names of cells" in capsys.readouterr().err
+
+
+def test_a_command_that_fails_ends_the_study(monkeypatch):
+    monkeypatch.setattr(sys, "executable", "false")
+    with pytest.raises(SystemExit, match="ended with status 1: hf_diffusion.cli evaluate"):
+        study.launch(["hf_diffusion.cli", "evaluate"])

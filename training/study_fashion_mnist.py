@@ -1,0 +1,293 @@
+"""The study of Fashion-MNIST: what DDPM, DDIM, guidance and denoising diffusion GANs of five divergences give, and what they cost.
+
+    python training/study_fashion_mnist.py list
+    python training/study_fashion_mnist.py run ddpm classifier guidance ddgan_js_t4
+    python training/study_fashion_mnist.py run all --size gpu --dtype bf16
+    python training/study_fashion_mnist.py report
+
+A cell is one training with its measurements, in runs/study/SIZE/CELL. `run` goes on where it was interrupted and leaves out what is done; `report`
+writes a table and a figure of quality against sampling time from the metrics.json files of whatever is there.
+Quality is the Frechet distance in the features of `--features`: a network file that is the same for all cells that are compared, or `trained`.
+"""
+
+import argparse
+import json
+import os
+import shlex
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+
+HERE = Path(__file__).resolve().parent
+DIVERGENCES = ("js", "hellinger", "reverse_kl", "total_variation", "wasserstein")
+SCALES = "0,0.5,1,1.5,2,3,4,6,8"
+FEWEST_IMAGES = 1000  # a Frechet distance of 128 features from fewer is mostly bias
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """Arguments of `hf-diffusion evaluate`; `calls` of the network make one image where the most steps are taken."""
+
+    name: str
+    calls: int
+    words: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A training (`script` None: none) and what is measured of the pipeline in the folder of the cell `model`, its own by default."""
+
+    name: str
+    script: str | None
+    flags: tuple[str, ...] = ()
+    measurements: tuple[Measurement, ...] = ()
+    model: str | None = None
+    guide: str | None = None  # the cell whose classifier guides
+
+
+def study_cells(size: str) -> dict[str, Cell]:
+    """All cells by name, those that others need first."""
+
+    def recipe(name: str) -> tuple[str, ...]:
+        return ("--config", str(HERE / "recipes" / f"fashion_mnist_{name}_{size}.yaml"))
+
+    def ancestral(steps: int) -> Measurement:
+        return Measurement(f"ddpm_{steps}", steps, ("--scheduler", "ddpm", "--num_inference_steps", str(steps)))
+
+    ddim = Measurement("ddim", 100, ("--sweep", "num_inference_steps=5,10,20,50,100", "--sweep", "eta=0,1"))
+    ddim_4 = Measurement("ddim_4", 4, ("--num_inference_steps", "4"))  # as many calls as a GAN of four steps
+    # v and the cosine schedule change little at T = 50 and 300; the respaced chain of the T = 1000 model is the other way to so many steps
+    shorter = [
+        Cell(f"ddpm_t{steps}", "train_ddpm.py", (*recipe("ddpm"), "--ddpm_num_steps", str(steps)), (ancestral(steps),))
+        for steps in (50, 300)
+    ]
+    sweep = ("--num_inference_steps", "20", "--sweep", "guidance=classifier,classifier_free")
+    guidance = Measurement("guidance", 40, (*sweep, "--sweep", f"guidance_scale={SCALES}"))
+    gans = [
+        Cell(
+            f"ddgan_{divergence}_t{steps}",
+            "train_ddgan.py",
+            (*recipe("ddgan"), "--divergence", divergence, "--num_timesteps", str(steps)),
+            (Measurement("ddgan", steps, ()),),
+        )
+        for steps in (4, 3, 5, 10)
+        for divergence in DIVERGENCES
+    ]
+    cells = [
+        Cell("ddpm", "train_ddpm.py", recipe("ddpm"), (ddim, ddim_4, *map(ancestral, (50, 300, 1000)))),
+        Cell("classifier", "train_classifier.py", recipe("classifier")),
+        Cell("guidance", None, measurements=(guidance,), model="ddpm", guide="classifier"),
+        *gans,
+        *shorter,
+    ]
+    return {cell.name: cell for cell in cells}
+
+
+# --- run ----------------------------------------------------------------------------------------------------------------
+
+
+def train(cell: Cell, folder: Path, options: argparse.Namespace) -> None:
+    """Train to the end, from the newest checkpoint where there is one; a trained cell is left alone."""
+    if cell.script is None or (folder / "README.md").is_file():  # the card is the last thing that a training writes
+        return
+    words = [*cell.flags, "--output_dir", str(folder), "--resume_from_checkpoint", "latest"]
+    if options.train_data_dir is not None:
+        words += ["--dataset_name", "none", "--train_data_dir", options.train_data_dir]
+    if options.max_train_steps is not None:
+        words += ["--max_train_steps", str(options.max_train_steps)]
+    launch(["accelerate.commands.launch", str(HERE / cell.script), *words])
+
+
+def measure(cell: Cell, parent: Path, options: argparse.Namespace) -> None:
+    """Draw and measure, from the images that are there already; what was measured by the same command is left alone."""
+    for measurement in cell.measurements:
+        folder = parent / cell.name / "measurements" / measurement.name
+        count = min(options.num_images, max(FEWEST_IMAGES, options.network_calls // measurement.calls))
+        words = [str(parent / (cell.model or cell.name)), *measurement.words, "--num_images", str(count)]
+        words += ["--metrics", "fd,pr,label_accuracy", "--features", options.features, "--dtype", options.dtype]
+        words += ["--output_dir", str(folder)]
+        if cell.guide is not None:
+            words += ["--guide_by", str(parent / cell.guide)]
+        if options.train_data_dir is not None:
+            words += ["--train_data_dir", options.train_data_dir]
+        done = folder / "command.json"
+        if done.is_file() and json.loads(done.read_text()) == words:
+            continue
+        launch(["hf_diffusion.cli", "evaluate", *words])
+        partial = done.with_suffix(".partial")
+        partial.write_text(json.dumps(words))
+        os.replace(partial, done)
+
+
+def launch(words: list[str]) -> None:
+    """Run a module in a process of its own, which ends this one where it fails."""
+    print(f"+ python -m {shlex.join(words)}", flush=True)
+    status = subprocess.run([sys.executable, "-m", *words]).returncode
+    if status:
+        raise SystemExit(f"study_fashion_mnist.py: this command ended with status {status}: {shlex.join(words)}")
+
+
+def run(options: argparse.Namespace) -> None:
+    """`run`: train and measure the cells, in the order of the list."""
+    cells, parent = study_cells(options.size), options.output_dir / options.size
+    chosen = list(cells) if options.cells == ["all"] else options.cells
+    if unknown := [name for name in chosen if name not in cells]:
+        raise SystemExit(
+            f"study_fashion_mnist.py: there is no cell {unknown[0]!r}; choose from {', '.join(cells)}, all"
+        )
+    for cell in (cell for name, cell in cells.items() if name in chosen):
+        for name in (cell.model, cell.guide):
+            if name is not None and name not in chosen and not (parent / name / "README.md").is_file():
+                raise SystemExit(
+                    f"study_fashion_mnist.py: {cell.name} needs {name}, which is not trained; run it, too"
+                )
+        train(cell, parent / cell.name, options)
+        measure(cell, parent, options)
+    report(options)
+
+
+# --- report -------------------------------------------------------------------------------------------------------------
+
+
+def collect(parent: Path, cells: dict[str, Cell]) -> list[dict]:
+    """One row for each measured setting of the cells that lie in `parent`."""
+    rows = []
+    for cell in cells.values():
+        for measurement in cell.measurements:
+            file = parent / cell.name / "measurements" / measurement.name / "metrics.json"
+            if file.is_file():
+                rows += [row(cell, result) for result in json.loads(file.read_text(encoding="utf-8"))["results"]]
+    return rows
+
+
+def row(cell: Cell, result: dict) -> dict:
+    """What the table says of one result; guidance without a classifier needs two network calls a step."""
+    protocol, settings, measures = result["protocol"], result["settings"], result["measures"]
+    sampling = protocol["sampling"]
+    steps = sampling["options"].get("num_inference_steps") or sampling["sampler_config"]["num_train_timesteps"]
+    scale = sampling["options"].get("guidance_scale", 1.0)
+    free = sampling["pipeline"] == "ClassifierFreeGuidancePipeline"
+    return {
+        "cell": cell.name,
+        "sampler": sampling["sampler"].removesuffix("Scheduler"),
+        "settings": ", ".join(f"{name} {value}" for name, value in settings.items() if name != "num_inference_steps"),
+        "network_calls": steps * (2 if free and scale != 1 else 1),
+        "images": protocol["count"],
+        "seconds_per_1000": None if result["seconds_per_image"] is None else 1000 * result["seconds_per_image"],
+        **{
+            name: measures[name]["value"]
+            for name in ("fd", "precision", "recall", "label_accuracy")
+            if name in measures
+        },
+        "fd_name": measures["fd"]["name"],
+        "fd_error": measures["fd"]["error"],
+    }
+
+
+def table(rows: list[dict]) -> str:
+    """The rows in Markdown."""
+    lines = [
+        "| cell | sampler | settings | network calls | N | FD | precision | recall | label accuracy | s / 1,000 images |"
+    ]
+    lines += ["|" + " --- |" * 10]
+    for r in rows:
+        error = f" ± {r['fd_error']:.2g}" if r["fd_error"] else ""
+        shares = " | ".join(
+            f"{r[name]:.3f}" if name in r else "" for name in ("precision", "recall", "label_accuracy")
+        )
+        seconds = "" if r["seconds_per_1000"] is None else f"{r['seconds_per_1000']:.1f}"
+        lines.append(
+            f"| {r['cell']} | {r['sampler']} | {r['settings']} | {r['network_calls']} | {r['images']:,} | {r['fd']:.3g}{error} | {shares} | {seconds} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def figure(rows: list[dict], path: Path) -> None:
+    """Distance against sampling time, a line for each cell, sampler and eta."""
+    from matplotlib.figure import Figure
+
+    lines: dict[str, list[dict]] = {}
+    for r in rows:
+        if r["cell"] == "guidance":
+            continue  # scales are no matter of time
+        kind = (
+            f"DDGAN, {r['cell'].split('_', 1)[1].rsplit('_', 1)[0]}" if r["cell"].startswith("ddgan") else r["sampler"]
+        )
+        lines.setdefault(f"{kind}, {r['settings']}" if r["settings"] else kind, []).append(r)
+    drawing = Figure(figsize=(9, 5.5), dpi=160, layout="constrained")
+    axes = drawing.subplots()
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(color="0.92", linewidth=0.8)
+    for number, (label, points) in enumerate(lines.items()):
+        points = sorted((p for p in points if p["seconds_per_1000"]), key=lambda p: p["seconds_per_1000"])
+        x, y = [p["seconds_per_1000"] for p in points], [p["fd"] for p in points]
+        axes.plot(x, y, marker="os^DvPX*hd"[number % 10], markersize=5, linewidth=1.3, label=label)
+        for p in points:
+            axes.annotate(
+                p["network_calls"], (p["seconds_per_1000"], p["fd"]), (4, 4), textcoords="offset points", fontsize=7
+            )
+    axes.set(xscale="log", yscale="log", xlabel="seconds for 1,000 images (beside the points: network calls)")
+    axes.set_ylabel("Frechet distance, lower is better")
+    axes.legend(frameon=False, fontsize=8)
+    partial = path.with_suffix(".partial.png")
+    drawing.savefig(partial)
+    os.replace(partial, path)
+
+
+def report(options: argparse.Namespace) -> None:
+    """`report`: study.md, study.json and quality_against_time.png from what was measured."""
+    parent = options.output_dir / options.size
+    rows = collect(parent, study_cells(options.size))
+    if not rows:
+        raise SystemExit(f"study_fashion_mnist.py: nothing is measured in {parent} yet; give `run` and a cell")
+    names = sorted({r["fd_name"] for r in rows})
+    contents = {
+        "study.md": table(rows) + "\n" + "".join(f"FD: {name}\n" for name in names),
+        "study.json": json.dumps(rows, indent=1),
+    }
+    for name, content in contents.items():
+        partial = parent / f".{name}.partial"
+        partial.write_text(content, encoding="utf-8")
+        os.replace(partial, parent / name)
+    if any(r["cell"] != "guidance" for r in rows):
+        figure(rows, parent / "quality_against_time.png")
+    print(contents["study.md"] + f"written: {parent}/study.md, study.json, quality_against_time.png")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="study_fashion_mnist.py", description=__doc__.splitlines()[0], allow_abbrev=False
+    )
+    parser.add_argument("action", choices=("list", "run", "report"))
+    parser.add_argument("cells", nargs="*", help="for run: names from the list, or all")
+    parser.add_argument("--size", choices=("cpu", "gpu"), default="cpu", help="recipes for two cores, or for one GPU")
+    parser.add_argument("--output_dir", type=Path, default=Path("runs/study"))
+    parser.add_argument("--train_data_dir", help="the data as a parquet file, instead of those of the Hub")
+    parser.add_argument("--features", default="trained", help="as in hf-diffusion evaluate; one file for all cells")
+    parser.add_argument("--dtype", default="float32", help="as in hf-diffusion evaluate")
+    parser.add_argument("--num_images", type=int, default=10_000, help="images a measurement")
+    parser.add_argument(
+        "--network_calls",
+        type=int,
+        default=2_000_000,
+        help=f"fewer images, down to {FEWEST_IMAGES}, where a measurement would take more calls a setting",
+    )
+    parser.add_argument("--max_train_steps", type=int, help="shorten every training, to try the study out")
+    options = parser.parse_args(argv)
+    if options.action == "list":
+        for cell in study_cells(options.size).values():
+            print(f"{cell.name:28} {cell.script or '':20} {', '.join(m.name for m in cell.measurements)}")
+    elif options.action == "report":
+        report(options)
+    elif not options.cells:
+        parser.error("run needs the names of cells, or all; `list` shows them")
+    else:
+        run(options)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
