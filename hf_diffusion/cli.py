@@ -174,7 +174,7 @@ def guided_by(pipe, classifier: str):
         )
     parts = {"unet": pipe.unet, "scheduler": pipe.scheduler, "id2label": getattr(pipe, "id2label", None)}
     return ClassifierGuidancePipeline(
-        classifier=ADMClassifier.from_pretrained(classifier, torch_dtype=pipe.unet.dtype), **parts
+        classifier=ADMClassifier.from_pretrained(classifier, dtype=pipe.unet.dtype), **parts
     )
 
 

@@ -58,7 +58,7 @@ def _with_error(measure: Measure) -> str:
 
 
 def sweep_figure(results: list[dict[str, Any]], path: Path, title: str) -> Path | None:
-    """Draw each measure against the sampling steps (or whatever number was varied) and against seconds; None for nothing to draw."""
+    """Draw each measure against what was varied, beside it, where that is the number of steps, against seconds; None for nothing to draw."""
     from matplotlib.figure import Figure  # here, since it takes a second
 
     varied = [n for n in results[0]["settings"] if len({str(r["settings"].get(n)) for r in results}) > 1]
@@ -71,13 +71,14 @@ def sweep_figure(results: list[dict[str, Any]], path: Path, title: str) -> Path 
         label = ", ".join(f"{_spoken(name)} {result['settings'][name]}" for name in varied if name != across)
         lines.setdefault(label, []).append(result)
     measures = list(results[0]["measures"])
-    figure = Figure(figsize=(9, 0.9 + 2.7 * len(measures)), dpi=160, layout="constrained")
-    panels = figure.subplots(len(measures), 2, squeeze=False, sharey="row", sharex="col")
+    columns = (across, "seconds_per_image") if across == "num_inference_steps" else (across,)
+    figure = Figure(figsize=(4 + 2.5 * len(columns), 0.9 + 2.7 * len(measures)), dpi=160, layout="constrained")
+    panels = figure.subplots(len(measures), len(columns), squeeze=False, sharey="row", sharex="col")
     for row, name in enumerate(measures):
-        for column, x in enumerate((across, "seconds_per_image")):
+        for column, x in enumerate(columns):
             _panel(panels[row, column], lines, name, x)
         panels[row, 0].set_ylabel(_wrapped(results[0]["measures"][name].name))
-    for column, x in enumerate((across, "seconds_per_image")):
+    for column, x in enumerate(columns):
         panels[-1, column].set_xlabel(_spoken(x))
     if any(lines):
         figure.legend(*panels[0, 0].get_legend_handles_labels(), frameon=False, loc="outside upper right", ncols=3)

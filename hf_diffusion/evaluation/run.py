@@ -238,9 +238,7 @@ class EvaluationRun:
             print("\n".join(measure.name for measure in self.results[0]["measures"].values()))
             sweep = sweep_figure(self.results, folder / "sweep.png", f"{name}: {self.count:,} images a point")
             if sweep is not None:
-                figures[sweep] = (
-                    "Quality against what was varied in sampling, and against the seconds that an image takes"
-                )
+                figures[sweep] = "Quality against what was varied in sampling"
         for result in self.model_results:
             for measure in result["measures"].values():
                 error = "" if measure.error is None else f" ± {measure.error:.2g}"
