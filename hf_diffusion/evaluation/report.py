@@ -72,7 +72,7 @@ def sweep_figure(results: list[dict[str, Any]], path: Path, title: str) -> Path 
         lines.setdefault(label, []).append(result)
     measures = list(results[0]["measures"])
     columns = (across, "seconds_per_image") if across == "num_inference_steps" else (across,)
-    figure = Figure(figsize=(4 + 2.5 * len(columns), 0.9 + 2.7 * len(measures)), dpi=160, layout="constrained")
+    figure = Figure(figsize=(7 + len(columns), 0.9 + 2.7 * len(measures)), dpi=160, layout="constrained")
     panels = figure.subplots(len(measures), len(columns), squeeze=False, sharey="row", sharex="col")
     for row, name in enumerate(measures):
         for column, x in enumerate(columns):
