@@ -4,7 +4,7 @@ Importing the package imports the module of every component: diffusers loads com
 """
 
 from hf_diffusion.models.ncsnpp_ddgan import DDGANDiscriminator, DDGANGenerator
-from hf_diffusion.models.unet_adm import ADMClassifier, ADMUNet2DModel
+from hf_diffusion.models.unet_adm import ADMClassifier, ADMGenerator, ADMUNet2DModel
 from hf_diffusion.pipelines.pipeline_classifier_free_guidance import ClassifierFreeGuidancePipeline
 from hf_diffusion.pipelines.pipeline_classifier_guidance import ClassifierGuidancePipeline
 from hf_diffusion.pipelines.pipeline_ddgan import DDGANPipeline
@@ -15,6 +15,7 @@ from hf_diffusion.schedulers.scheduling_gaussian import CosineDDPMScheduler, DDI
 __version__ = "0.1.0"
 __all__ = [
     "ADMClassifier",
+    "ADMGenerator",
     "ADMUNet2DModel",
     "ClassifierFreeGuidancePipeline",
     "ClassifierGuidancePipeline",

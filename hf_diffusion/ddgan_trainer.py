@@ -59,7 +59,7 @@ class AdversarialObjective:
 
     `saturating` None takes the generator's loss that trains. R1 acts every `r1_interval` steps, `r1_gamma` times the
     interval if `r1_times_interval`. `wgan_gp` is the weight of WGAN-GP (0: none), `l1_weight` that of the distance of
-    the prediction to x_0. The generator is updated at every `n_critic`-th step.
+    the prediction to x_0. The generator is updated at every `n_critic`-th step after the first `warmup_steps`.
     """
 
     divergence: str = "js"
@@ -70,6 +70,7 @@ class AdversarialObjective:
     wgan_gp: float = 0.0
     l1_weight: float = 0.0
     n_critic: int = 1
+    warmup_steps: int = 0
 
 
 class DiscriminatorHalf(nn.Module):
@@ -174,7 +175,8 @@ class DDGANTrainer(TrainingRun):
         step."""
         micros = list(self._micro_batches(stream))
         updated = self._discriminator_step(micros)
-        if updated and (self.step + 1) % self.objective.n_critic == 0:
+        warm = self.step >= self.objective.warmup_steps
+        if updated and warm and (self.step + 1) % self.objective.n_critic == 0:
             updated = self._generator_step(micros)
         if updated:
             self.skipped_in_a_row = 0

@@ -24,28 +24,36 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 DIVERGENCES = ("js", "hellinger", "reverse_kl", "total_variation", "wasserstein")
 SCALES = "0,0.5,1,1.5,2,3,4,6,8"
-FEWEST_IMAGES = 1000  # a Frechet distance of 128 features from fewer is mostly bias
+FEWEST_IMAGES = 500  # a Frechet distance of 128 features from fewer is mostly bias
 
 
 @dataclass(frozen=True)
 class Measurement:
-    """Arguments of `hf-diffusion evaluate`; `calls` of the network make one image where the most steps are taken."""
+    """Arguments of `hf-diffusion evaluate`; `calls` of the network make one image where the most steps are taken.
+
+    Where the results are compared with each other at `all_images`, no number of calls is too large.
+    """
 
     name: str
     calls: int
     words: tuple[str, ...]
+    all_images: bool = False
 
 
 @dataclass(frozen=True)
 class Cell:
-    """A training (`script` None: none) and what is measured of the pipeline in the folder of the cell `model`, its own by default."""
+    """A training (`script` None: none) and what is measured of the pipeline in the folder of the cell `model`, its own by default.
+
+    `guide` is the cell whose classifier guides, `start` the one whose network the training starts from.
+    """
 
     name: str
     script: str | None
     flags: tuple[str, ...] = ()
     measurements: tuple[Measurement, ...] = ()
     model: str | None = None
-    guide: str | None = None  # the cell whose classifier guides
+    guide: str | None = None
+    start: str | None = None
 
 
 def study_cells(size: str) -> dict[str, Cell]:
@@ -58,7 +66,11 @@ def study_cells(size: str) -> dict[str, Cell]:
         return Measurement(f"ddpm_{steps}", steps, ("--scheduler", "ddpm", "--num_inference_steps", str(steps)))
 
     ddim = Measurement("ddim", 100, ("--sweep", "num_inference_steps=5,10,20,50,100", "--sweep", "eta=0,1"))
-    ddim_4 = Measurement("ddim_4", 4, ("--num_inference_steps", "4"))  # as many calls as a GAN of four steps
+    # as many calls as a GAN of four steps; and the best that a user gets within a minute
+    at_most = [
+        Measurement(f"ddim_{steps}", steps, ("--num_inference_steps", str(steps)), all_images=True)
+        for steps in (4, 50)
+    ]
     # v and the cosine schedule change little at T = 50 and 300; the respaced chain of the T = 1000 model is the other way to so many steps
     shorter = [
         Cell(f"ddpm_t{steps}", "train_ddpm.py", (*recipe("ddpm"), "--ddpm_num_steps", str(steps)), (ancestral(steps),))
@@ -71,13 +83,15 @@ def study_cells(size: str) -> dict[str, Cell]:
             f"ddgan_{divergence}_t{steps}",
             "train_ddgan.py",
             (*recipe("ddgan"), "--divergence", divergence, "--num_timesteps", str(steps)),
-            (Measurement("ddgan", steps, ()),),
+            (Measurement("ddgan", steps, (), all_images=True),),
+            # two cores need what the DDPM has learned; a GPU trains from scratch, as in the paper
+            start="ddpm" if size == "cpu" else None,
         )
         for steps in (4, 3, 5, 10)
         for divergence in DIVERGENCES
     ]
     cells = [
-        Cell("ddpm", "train_ddpm.py", recipe("ddpm"), (ddim, ddim_4, *map(ancestral, (50, 300, 1000)))),
+        Cell("ddpm", "train_ddpm.py", recipe("ddpm"), (ddim, *at_most, *map(ancestral, (50, 300, 1000)))),
         Cell("classifier", "train_classifier.py", recipe("classifier")),
         Cell("guidance", None, measurements=(guidance,), model="ddpm", guide="classifier"),
         *gans,
@@ -89,11 +103,14 @@ def study_cells(size: str) -> dict[str, Cell]:
 # --- run ----------------------------------------------------------------------------------------------------------------
 
 
-def train(cell: Cell, folder: Path, options: argparse.Namespace) -> None:
+def train(cell: Cell, parent: Path, options: argparse.Namespace) -> None:
     """Train to the end, from the newest checkpoint where there is one; a trained cell is left alone."""
+    folder = parent / cell.name
     if cell.script is None or (folder / "README.md").is_file():  # the card is the last thing that a training writes
         return
     words = [*cell.flags, "--output_dir", str(folder), "--resume_from_checkpoint", "latest"]
+    if cell.start is not None:
+        words += ["--init_from", str(parent / cell.start)]
     if options.train_data_dir is not None:
         words += ["--dataset_name", "none", "--train_data_dir", options.train_data_dir]
     if options.max_train_steps is not None:
@@ -105,7 +122,8 @@ def measure(cell: Cell, parent: Path, options: argparse.Namespace) -> None:
     """Draw and measure, from the images that are there already; what was measured by the same command is left alone."""
     for measurement in cell.measurements:
         folder = parent / cell.name / "measurements" / measurement.name
-        count = min(options.num_images, max(FEWEST_IMAGES, options.network_calls // measurement.calls))
+        affordable = max(FEWEST_IMAGES, options.network_calls // measurement.calls)
+        count = options.num_images if measurement.all_images else min(options.num_images, affordable)
         words = [str(parent / (cell.model or cell.name)), *measurement.words, "--num_images", str(count)]
         words += ["--metrics", "fd,pr,label_accuracy", "--features", options.features, "--dtype", options.dtype]
         words += ["--output_dir", str(folder)]
@@ -139,12 +157,12 @@ def run(options: argparse.Namespace) -> None:
             f"study_fashion_mnist.py: there is no cell {unknown[0]!r}; choose from {', '.join(cells)}, all"
         )
     for cell in (cell for name, cell in cells.items() if name in chosen):
-        for name in (cell.model, cell.guide):
+        for name in (cell.model, cell.guide, cell.start):
             if name is not None and name not in chosen and not (parent / name / "README.md").is_file():
                 raise SystemExit(
                     f"study_fashion_mnist.py: {cell.name} needs {name}, which is not trained; run it, too"
                 )
-        train(cell, parent / cell.name, options)
+        train(cell, parent, options)
         measure(cell, parent, options)
     report(options)
 

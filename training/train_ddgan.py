@@ -38,8 +38,10 @@ from hf_diffusion.data.images import ImageData
 from hf_diffusion.ddgan_trainer import R1_GAMMA, AdversarialObjective, DDGANTrainer
 from hf_diffusion.dry_run import dry_run
 from hf_diffusion.figures import labelled_grid
+from hf_diffusion.hub.loading import load_pipeline
 from hf_diffusion.losses.adversarial import normalise_spectrally
 from hf_diffusion.models.ncsnpp_ddgan import DDGANDiscriminator, DDGANGenerator
+from hf_diffusion.models.unet_adm import ADMGenerator, ADMUNet2DModel
 from hf_diffusion.pipelines.pipeline_ddgan import DDGANPipeline
 from hf_diffusion.run import (
     check_best_metric,
@@ -89,6 +91,10 @@ class DDGANConfig(GenerativeTrainingConfig):
         0.0, "weight of WGAN-GP, a gradient of norm 1 between real and generated; 0 is none", at_least=0
     )
     spectral_norm: bool = option(False, "divide the discriminator's weights by their spectral norms")
+    # A generator that is good already must not follow a discriminator that knows nothing yet.
+    discriminator_warmup_steps: int = option(
+        0, "first steps, in which the discriminator alone is updated", at_least=0, tied=False
+    )
     n_critic: int = option(
         1, "update the generator at every so many steps; every step updates the discriminator", at_least=1, tied=False
     )
@@ -100,7 +106,13 @@ class DDGANConfig(GenerativeTrainingConfig):
         "uniform", "how a batch's timesteps are drawn; the paper's code draws them uniformly"
     )
 
-    model_channels: int = option(64, "width of the generator's first level", at_least=4, group="generator")
+    init_from: str | None = option(
+        None,
+        "start from the generator of this DDGAN pipeline, or from the U-Net of this DDPM pipeline, a folder or Hub id: its shape then "
+        "replaces the options of the generator but latent_dim",
+        group="generator",
+    )
+    model_channels: int = option(64, "width of the generator's first level", at_least=4)
     channel_mult: tuple[int, ...] | None = option(
         None, "width of each level in units of model_channels; none goes by the size", at_least=1
     )
@@ -164,6 +176,7 @@ class DDGANConfig(GenerativeTrainingConfig):
             wgan_gp=self.wgan_gp,
             l1_weight=self.l1_weight,
             n_critic=self.n_critic,
+            warmup_steps=self.discriminator_warmup_steps,
         )
 
 
@@ -172,12 +185,14 @@ def build_scheduler(config: DDGANConfig) -> DDGANScheduler:
     return DDGANScheduler(config.num_timesteps, config.beta_min, config.beta_max, config.schedule)
 
 
-def build_generator(config: DDGANConfig, data: ImageData) -> DDGANGenerator:
+def build_generator(config: DDGANConfig, data: ImageData) -> DDGANGenerator | ADMGenerator:
     """A generator for the size, channels and classes of the data."""
     if config.class_conditional and not data.num_classes:
         raise ValueError(
             f"class_conditional is set, but {data.name} has no labels; leave it out, or name the column by --label_column"
         )
+    if config.init_from is not None:
+        return trained_generator(config, data)
     channel_mult = config.channel_mult or levels_for(min(data.size) // config.patch_size)
     heights = [data.size[0] // config.patch_size // 2**level for level in range(len(channel_mult))]
     torch.manual_seed(config.seed)
@@ -197,6 +212,44 @@ def build_generator(config: DDGANConfig, data: ImageData) -> DDGANGenerator:
         num_class_embeds=data.num_classes if config.class_conditional else None,
         patch_size=config.patch_size,
     )
+
+
+def trained_generator(config: DDGANConfig, data: ImageData) -> DDGANGenerator | ADMGenerator:
+    """The generator to start from that `init_from` names; ValueError where it does not fit the data or the process."""
+    pipe, process = load_pipeline(config.init_from), build_scheduler(config)
+    torch.manual_seed(config.seed)  # of the latent's embedding, which is new
+    if isinstance(pipe, DDGANPipeline):
+        wanted = {name: value for name, value in process.config.items() if not name.startswith("_")}
+        differing = [name for name, value in wanted.items() if pipe.scheduler.config.get(name) != value]
+        if differing:
+            name = differing[0]
+            raise ValueError(
+                f"init_from {config.init_from} was trained with {name} {pipe.scheduler.config.get(name)}, and this run has "
+                f"{process.config[name]}; give what it was trained with"
+            )
+        generator = pipe.generator
+    elif isinstance(getattr(pipe, "unet", None), ADMUNet2DModel):
+        generator = ADMGenerator.from_denoiser(
+            pipe.unet,
+            pipe.scheduler.alphas_cumprod,
+            pipe.scheduler.config.prediction_type,
+            process.alpha_bar[1:],
+            config.latent_dim,
+        )
+    else:
+        raise ValueError(
+            f"init_from {config.init_from} is a {type(pipe).__name__}; a DDGANPipeline or a pipeline with an ADMUNet2DModel is needed"
+        )
+    shape = generator.config
+    size = (shape.sample_size,) * 2 if isinstance(shape.sample_size, int) else tuple(shape.sample_size)
+    classes = data.num_classes if config.class_conditional else None
+    if (shape.in_channels, size, shape.num_class_embeds) != (data.channels, tuple(data.size), classes):
+        raise ValueError(
+            f"init_from {config.init_from} makes images of {size[0]}x{size[1]} with {shape.in_channels} channels and "
+            f"{shape.num_class_embeds or 'no'} classes, the training {data.size[0]}x{data.size[1]}, {data.channels} and "
+            f"{classes or 'none'}; choose resolution, channels and class_conditional to agree"
+        )
+    return generator
 
 
 def levels_for(side: int) -> tuple[int, ...]:

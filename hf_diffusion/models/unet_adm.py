@@ -1,5 +1,5 @@
 """The U-Net and the noisy classifier of ADM ("Diffusion Models Beat GANs on Image Synthesis", arXiv:2105.05233), which
-contain those of improved DDPM (arXiv:2102.09672) as settings.
+contain those of improved DDPM (arXiv:2102.09672) as settings; the U-Net as generator of a denoising diffusion GAN, too.
 
 Shapes: B images, C channels, H x W pixels, L = H * W tokens, D width of a head, E width of the conditioning vector.
 """
@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from diffusers.configuration_utils import ConfigMixin, register_to_config
@@ -493,7 +494,12 @@ class ADMUNet2DModel(ModelMixin, ConfigMixin):
             class_labels: int64 (B,). Required iff the model has classes and no null class; None means "no label" otherwise.
         """
         check_sample(sample, self.config.in_channels, self.multiple)
-        emb = F.silu(self.conditioning(sample, timestep, class_labels))  # (B, E), every block takes its SiLU
+        h = self.transform(sample, self.conditioning(sample, timestep, class_labels))
+        return UNet2DOutput(sample=h) if return_dict else (h,)
+
+    def transform(self, sample: Tensor, emb: Tensor) -> Tensor:
+        """The U itself, from `sample` and the conditioning vector (B, E) to (B, out_channels, H, W)."""
+        emb = F.silu(emb)  # every block takes its SiLU
         if self.config.patch_size > 1:
             sample = F.pixel_unshuffle(sample, self.config.patch_size)  # (B, C * P^2, H / P, W / P)
         h = self.conv_in(sample)
@@ -505,8 +511,151 @@ class ADMUNet2DModel(ModelMixin, ConfigMixin):
         for block in self.up_blocks:
             h = run_block(self, block, h, emb, skips.pop())
         h = self.conv_out(silu(self.norm_out(h)))
-        if self.config.patch_size > 1:
-            h = F.pixel_shuffle(h, self.config.patch_size)  # (B, out_channels, H, W)
+        return F.pixel_shuffle(h, self.config.patch_size) if self.config.patch_size > 1 else h
+
+
+class ADMGenerator(ADMUNet2DModel):
+    """The U-Net as generator of a denoising diffusion GAN (arXiv:2112.07804): x_0 from (x_{t+1}, t, latent), t in 0..T-1.
+
+    A U-Net that was trained to denoise is a good generator to begin with, see `from_denoiser`. The arguments that
+    `ADMUNet2DModel` has too mean the same.
+
+    Args:
+        signals: T square roots of alpha_bar, the share of x_0 in x_1 to x_T.
+        timesteps: T timesteps that tell the U-Net so much noise, fractions allowed.
+        prediction_type: what the U-Net predicts, "epsilon", "v_prediction" or "sample"; x_0 follows from it.
+        latent_dim: width of the latent, which enters as timesteps and labels do.
+
+    Raises ValueError for settings that do not fit each other.
+    """
+
+    @register_to_config
+    def __init__(
+        self,
+        sample_size: int | tuple[int, int] = 32,
+        in_channels: int = 3,
+        model_channels: int = 128,
+        channel_mult: tuple[float, ...] = (1, 2, 2, 2),
+        num_res_blocks: int = 2,
+        attention_resolutions: tuple[int, ...] = (2, 4),
+        num_heads: int = 4,
+        num_head_channels: int | None = None,
+        num_heads_upsample: int | None = None,
+        use_scale_shift_norm: bool = True,
+        resblock_updown: bool = False,
+        conv_resample: bool = True,
+        use_new_attention_order: bool = False,
+        dropout: float = 0.0,
+        norm_num_groups: int = 32,
+        residual_rescale: bool = False,
+        patch_size: int = 1,
+        num_class_embeds: int | None = None,
+        null_class: bool = False,
+        signals: tuple[float, ...] = (0.7223, 0.2805, 0.0586, 0.0066),
+        timesteps: tuple[float, ...] = (0.0, 1.0, 2.0, 3.0),
+        prediction_type: str = "sample",
+        latent_dim: int = 64,
+    ):
+        if prediction_type not in ("epsilon", "v_prediction", "sample"):
+            raise ValueError(
+                f"prediction_type {prediction_type!r} is unknown; choose 'epsilon', 'v_prediction' or 'sample'"
+            )
+        if len(signals) != len(timesteps) or not all(0 < signal < 1 for signal in signals):
+            raise ValueError(
+                f"signals {list(signals)} and timesteps {list(timesteps)} must be equally many, one for each step of the "
+                "process, and the signals between 0 and 1"
+            )
+        # past the parent's registration, which would record out_channels, no argument of this class
+        ADMUNet2DModel.__init__.__wrapped__(
+            self,
+            sample_size=sample_size,
+            in_channels=in_channels,
+            out_channels=in_channels,
+            model_channels=model_channels,
+            channel_mult=channel_mult,
+            num_res_blocks=num_res_blocks,
+            attention_resolutions=attention_resolutions,
+            num_heads=num_heads,
+            num_head_channels=num_head_channels,
+            num_heads_upsample=num_heads_upsample,
+            use_scale_shift_norm=use_scale_shift_norm,
+            resblock_updown=resblock_updown,
+            conv_resample=conv_resample,
+            use_new_attention_order=use_new_attention_order,
+            dropout=dropout,
+            norm_num_groups=norm_num_groups,
+            residual_rescale=residual_rescale,
+            patch_size=patch_size,
+            num_class_embeds=num_class_embeds,
+            null_class=null_class,
+        )
+        check_counts(latent_dim=latent_dim)
+        emb_channels = 4 * model_channels
+        self.latent_embedding = nn.Sequential(
+            nn.Linear(latent_dim, emb_channels), nn.SiLU(), zero_init(nn.Linear(emb_channels, emb_channels))
+        )
+
+    @classmethod
+    def from_denoiser(
+        cls,
+        unet: ADMUNet2DModel,
+        alphas_cumprod: Tensor,
+        prediction_type: str,
+        alpha_bar: Tensor,
+        latent_dim: int = 64,
+    ) -> "ADMGenerator":
+        """A generator that starts as the denoiser `unet`, whatever the latent.
+
+        Args:
+            alphas_cumprod: alpha_bar of the process that the U-Net was trained for, one for each of its timesteps.
+            alpha_bar: (T,) of x_1 to x_T of the few-step process. The timestep of each is found by its signal-to-noise ratio, between
+                two whole ones where need be.
+        """
+        ratios = (alphas_cumprod.double() / (1 - alphas_cumprod.double())).log()  # falls with the timestep
+        wanted = (alpha_bar.double() / (1 - alpha_bar.double())).log()
+        config = {
+            name: value for name, value in unet.config.items() if not name.startswith("_") and name != "out_channels"
+        }
+        generator = cls(
+            **config,
+            signals=tuple(alpha_bar.sqrt().tolist()),
+            timesteps=tuple(np.interp(-wanted.cpu().numpy(), -ratios.cpu().numpy(), np.arange(len(ratios))).tolist()),
+            prediction_type=prediction_type,
+            latent_dim=latent_dim,
+        )
+        rows = generator.conv_out.out_channels  # the first half, where the U-Net predicts a variance, too
+        weights = {
+            name: value[:rows] if name.startswith("conv_out.") else value for name, value in unet.state_dict().items()
+        }
+        generator.load_state_dict({**generator.state_dict(), **weights})
+        return generator
+
+    def forward(
+        self,
+        sample: Tensor,
+        timestep: Tensor | int,
+        latent: Tensor,
+        class_labels: Tensor | None = None,
+        return_dict: bool = True,
+    ) -> UNet2DOutput | tuple[Tensor]:
+        """Predict x_0 (B, C, H, W) from x_{t+1}; `timestep` t of shape () or (B,), `latent` (B, latent_dim) ~ N(0, I)."""
+        config = self.config
+        check_sample(sample, config.in_channels, self.multiple)
+        if latent.shape != (len(sample), config.latent_dim):
+            raise ValueError(
+                f"latent has shape {tuple(latent.shape)}; ({len(sample)}, {config.latent_dim}) is expected"
+            )
+        t = batch_timesteps(timestep, sample).long()  # (B,)
+        times, signals = torch.tensor([config.timesteps, config.signals], device=sample.device)[:, t]  # (B,) each
+        emb = self.conditioning(sample, times, class_labels) + self.latent_embedding(latent)  # (B, E)
+        h = self.transform(sample, emb)  # (B, C, H, W)
+        signal, noise = signals[:, None, None, None], (1 - signals**2).sqrt()[:, None, None, None]
+        match config.prediction_type:
+            case "epsilon":
+                h = (sample - noise * h) / signal
+            case "v_prediction":
+                h = signal * sample - noise * h
+        h = h.to(sample.dtype)
         return UNet2DOutput(sample=h) if return_dict else (h,)
 
 

@@ -8,6 +8,7 @@ from diffusers import DDIMPipeline, DDIMScheduler, DDPMPipeline, DDPMScheduler
 
 from hf_diffusion.models.unet_adm import (
     ADMAttention,
+    ADMGenerator,
     ADMGroupNorm,
     ADMResBlock,
     ADMUNet2DModel,
@@ -338,3 +339,71 @@ def test_the_advice_for_groups_works(changes):
 def test_input_that_does_not_fit_is_named(changes, arguments, message):
     with pytest.raises(ValueError, match=message):
         small(**changes)(*arguments)
+
+
+ALPHAS_CUMPROD = DDIMScheduler(beta_schedule="squaredcos_cap_v2").alphas_cumprod
+LEVELS = torch.tensor([0.6, 0.2, 0.01])  # alpha_bar of x_1 to x_3
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "sample", "v_prediction"])
+def test_a_generator_from_a_denoiser_predicts_the_denoisers_x_0_whatever_the_latent(prediction_type):
+    denoiser = small(num_class_embeds=3, null_class=True, patch_size=2)
+    generator = ADMGenerator.from_denoiser(
+        denoiser, ALPHAS_CUMPROD, prediction_type, ALPHAS_CUMPROD[[99, 499, 899]], 4
+    )
+    assert generator.config.timesteps == pytest.approx([99, 499, 899], abs=1e-3)
+    scheduler = DDIMScheduler(beta_schedule="squaredcos_cap_v2", prediction_type=prediction_type, clip_sample=False)
+    scheduler.set_timesteps(1000)
+    x, labels = images(3), torch.tensor([0, 2, 1])
+    with torch.no_grad():
+        x_0 = generator(x, torch.tensor([0, 1, 2]), torch.randn(3, 4), labels).sample
+        for i, timestep in enumerate((99, 499, 899)):
+            output = denoiser(x[i : i + 1], timestep, labels[i : i + 1]).sample
+            stock = scheduler.step(output, timestep, x[i : i + 1]).pred_original_sample
+            torch.testing.assert_close(x_0[i : i + 1], stock, rtol=1e-3, atol=1e-3)
+
+
+def test_a_generator_between_two_timesteps_has_the_noise_of_its_level():
+    generator = ADMGenerator.from_denoiser(small(), ALPHAS_CUMPROD, "epsilon", LEVELS)
+    assert [signal**2 for signal in generator.config.signals] == pytest.approx(LEVELS.tolist())
+    for timestep, level in zip(generator.config.timesteps, LEVELS):
+        assert ALPHAS_CUMPROD[int(timestep)] > level > ALPHAS_CUMPROD[int(timestep) + 1]
+
+
+def test_a_generator_leaves_out_the_variance_that_a_denoiser_predicts():
+    denoiser = small(out_channels=6)
+    generator = ADMGenerator.from_denoiser(denoiser, ALPHAS_CUMPROD, "sample", LEVELS, 4)
+    with torch.no_grad():
+        expected = denoiser(images(), generator.config.timesteps[1]).sample[:, :3]
+        torch.testing.assert_close(generator(images(), 1, torch.randn(2, 4)).sample, expected)
+
+
+def test_a_generator_learns_from_its_latent_and_saves(tmp_path):
+    generator = ADMGenerator.from_denoiser(small(), ALPHAS_CUMPROD, "v_prediction", LEVELS, 4)
+    generator(images(), 2, torch.randn(2, 4)).sample.square().sum().backward()
+    assert generator.latent_embedding[-1].weight.grad.any()
+    torch.nn.init.normal_(generator.latent_embedding[-1].weight)
+    with torch.no_grad():
+        one, other = (generator(images(), 1, torch.full((2, 4), value)).sample for value in (1.0, -1.0))
+        assert not torch.allclose(one, other)
+        generator.save_pretrained(tmp_path)
+        assert torch.equal(ADMGenerator.from_pretrained(tmp_path)(images(), 1, torch.ones(2, 4)).sample, one)
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"prediction_type": "x0"}, "prediction_type 'x0' is unknown; choose 'epsilon'"),
+        ({"signals": (0.5,)}, "equally many"),
+        ({"signals": (1.0,), "timesteps": (0,)}, "between 0 and 1"),
+        ({"latent_dim": 0}, "latent_dim is 0"),
+    ],
+)
+def test_settings_of_a_generator_that_do_not_fit_are_named(changes, message):
+    with pytest.raises(ValueError, match=message):
+        ADMGenerator(**{**SMALL, **changes})
+
+
+def test_a_generator_names_a_latent_of_another_width():
+    with pytest.raises(ValueError, match=r"latent has shape \(2, 3\); \(2, 64\) is expected"):
+        ADMGenerator(**SMALL)(images(), 0, torch.randn(2, 3))

@@ -82,17 +82,26 @@ def test_every_cell_is_a_training_and_measurements_that_the_commands_take(machin
 
 
 def test_what_is_done_is_left_alone_and_another_number_of_images_is_measured_anew(machine, tmp_path):
-    run(tmp_path, "ddgan_js_t4")
-    run(tmp_path, "ddgan_js_t4")
+    run(tmp_path, "ddgan_js_t4", "--size", "gpu")
+    run(tmp_path, "ddgan_js_t4", "--size", "gpu")
     assert (len(machine.trained), len(machine.evaluated)) == (1, 1)
-    run(tmp_path, "ddgan_js_t4", "--num_images", "2000")
+    run(tmp_path, "ddgan_js_t4", "--size", "gpu", "--num_images", "2000")
     assert (len(machine.trained), len(machine.evaluated)) == (1, 2)
+
+
+def test_on_the_cpu_the_gans_start_from_the_ddpm_of_the_study(machine, tmp_path):
+    with pytest.raises(SystemExit, match="ddgan_js_t3 needs ddpm, which is not trained; run it, too"):
+        run(tmp_path, "ddgan_js_t3")
+    run(tmp_path, "ddgan_js_t3", "ddpm")
+    (gan,) = [config for script, config in machine.trained if script == "train_ddgan.py"]
+    assert Path(gan.init_from) == tmp_path / "cpu" / "ddpm"
 
 
 def test_long_chains_draw_fewer_images_and_say_so(machine, tmp_path):
     run(tmp_path, "ddpm", "--network_calls", "3000000")
     counts = {args.output_dir.name: args.num_images for args in machine.evaluated}
-    assert counts == {"ddim": 10_000, "ddim_4": 10_000, "ddpm_50": 10_000, "ddpm_300": 10_000, "ddpm_1000": 3000}
+    chains = {"ddpm_50": 10_000, "ddpm_300": 10_000, "ddpm_1000": 3000}
+    assert counts == {"ddim": 10_000, "ddim_4": 10_000, "ddim_50": 10_000, **chains}
     rows = json.loads((tmp_path / "cpu" / "study.json").read_text())
     assert {r["network_calls"]: r["images"] for r in rows}[1000] == 3000
 

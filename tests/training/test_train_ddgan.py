@@ -5,6 +5,7 @@ import math
 import os
 import signal
 import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -15,13 +16,13 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import nn
 
-from hf_diffusion import DDGANPipeline
+from hf_diffusion import ADMGenerator, DDGANPipeline
 from hf_diffusion.config.training import parse_config
 from hf_diffusion.data.images import load_images
 from hf_diffusion.ddgan_trainer import ADVICE, R1_GAMMA, AdversarialObjective, DDGANTrainer, DiscriminatorHalf
 from hf_diffusion.randomness import Draw
 from hf_diffusion.reporting import RunningMeans
-from hf_diffusion.training import train_ddgan
+from hf_diffusion.training import train_ddgan, train_ddpm
 from hf_diffusion.training_run import TrainingDiverged
 from tests.launching import ENVIRONMENT, launcher
 
@@ -283,6 +284,73 @@ def test_with_n_critic_the_generator_moves_at_every_nth_step_only(tmp_path):
         moved.append(tuple(not torch.equal(parameters_of(n)[0], old[0]) for n, old in zip(trainer.networks, before)))
     # the first step of the learning rate's warm-up is 0 only in longer runs
     assert moved == [(False, True), (False, True), (True, True)] * 2
+
+
+def test_with_a_warmup_the_discriminator_moves_alone_at_first(tmp_path):
+    trainer = make_trainer(tmp_path, "--discriminator_warmup_steps", "2")
+    stream, moved = trainer.batches(), []
+    for trainer.step in range(4):
+        before = [parameters_of(network)[0] for network in trainer.networks]
+        trainer._optimizer_step(stream)
+        moved.append(tuple(not torch.equal(parameters_of(n)[0], old) for n, old in zip(trainer.networks, before)))
+    assert moved == [(False, True)] * 2 + [(True, True)] * 2
+
+
+# --- starting from what is trained -----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def denoiser(tmp_path_factory) -> Path:
+    """A class-conditional DDPM of digits, trained for two steps."""
+    folder = tmp_path_factory.mktemp("ddpm") / "run"
+    flags = "--model_channels 8 --channel_mult 1,2 --num_res_blocks 1 --attention_resolutions 2 --norm_num_groups 4"
+    flags += (
+        " --train_batch_size 8 --max_train_steps 2 --sample_steps none --num_sample_images 10 --num_head_channels 4"
+    )
+    words = ["--dataset_name", "digits", "--max_train_samples", "64", "--class_conditional", *flags.split()]
+    assert train_ddpm.main([*words, "--output_dir", str(folder)]) == 0
+    return folder
+
+
+def test_a_run_starts_from_a_denoiser_and_its_result_is_a_start_in_its_turn(denoiser, tmp_path):
+    first = run(tmp_path / "first", "--max_train_steps", "2", "--init_from", str(denoiser))
+    assert (first / "generator" / "unet_adm.py").is_file()
+    pipe = DDGANPipeline.from_pretrained(first)
+    assert isinstance(pipe.generator, ADMGenerator) and pipe(["3"], output_type="np").images.shape == (1, 8, 8, 1)
+    trained = load_file(denoiser / "unet" / "diffusion_pytorch_model.safetensors")
+    begun = make_trainer(tmp_path / "a", "--init_from", str(denoiser)).model.state_dict()
+    assert trained.keys() < begun.keys()
+    assert all(torch.equal(begun[name], value) for name, value in trained.items())
+    again = make_trainer(tmp_path / "b", "--init_from", str(first)).model.state_dict()
+    assert_same(again, shared_weights(first))
+
+
+def test_a_run_from_a_denoiser_loads_in_a_process_without_the_package(denoiser, tmp_path):
+    folder = run(tmp_path, "--max_train_steps", "2", "--init_from", str(denoiser))
+    script = (
+        "import sys\nsys.modules['hf_diffusion'] = None\nfrom diffusers import DiffusionPipeline\n"
+        "pipe = DiffusionPipeline.from_pretrained(sys.argv[1], trust_remote_code=True)\n"
+        "assert len(pipe(['3', '7']).images) == 2 and type(pipe.generator).__name__ == 'ADMGenerator'\n"
+    )
+    subprocess.run([sys.executable, "-c", script, str(folder)], check=True, timeout=300)
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--num_timesteps", "2"], "was trained with num_train_timesteps 4, and this run has 2"),
+        (["--resolution", "16"], "makes images of 8x8 with 1 channels and 10 classes, the training 16x16, 1 and 10"),
+        (["--no-class_conditional"], "10 classes, the training 8x8, 1 and none"),
+    ],
+)
+def test_a_start_that_does_not_fit_is_refused(finished, tmp_path, flags, message):
+    with pytest.raises(SystemExit, match=message):
+        run(tmp_path / "out", "--max_train_steps", "2", "--init_from", str(finished), *flags)
+
+
+def test_a_start_that_is_not_there_is_named(tmp_path):
+    with pytest.raises(SystemExit, match="nothing_here"):
+        run(tmp_path / "out", "--max_train_steps", "2", "--init_from", str(tmp_path / "nothing_here"))
 
 
 # --- health ----------------------------------------------------------------------------------------------------------
