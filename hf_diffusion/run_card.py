@@ -45,6 +45,7 @@ def write_run_card(
         training={
             "method": method,
             "command": launch_command(trainer.accelerator, command),
+            "started_from": getattr(config, "init_from", None),
             "steps": trainer.step,
             "images_seen": trainer.step * trainer.global_batch,
             "global_batch": trainer.global_batch,

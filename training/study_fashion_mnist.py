@@ -20,6 +20,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import yaml
+
 
 HERE = Path(__file__).resolve().parent
 DIVERGENCES = ("js", "hellinger", "reverse_kl", "total_variation", "wasserstein")
@@ -177,11 +179,29 @@ def collect(parent: Path, cells: dict[str, Cell]) -> list[dict]:
         for measurement in cell.measurements:
             file = parent / cell.name / "measurements" / measurement.name / "metrics.json"
             if file.is_file():
-                rows += [row(cell, result) for result in json.loads(file.read_text(encoding="utf-8"))["results"]]
+                minutes = training_minutes(parent / (cell.model or cell.name))
+                results = json.loads(file.read_text(encoding="utf-8"))["results"]
+                rows += [row(cell, result, minutes) for result in results]
     return rows
 
 
-def row(cell: Cell, result: dict) -> dict:
+def training_minutes(folder: Path) -> float | None:
+    """Minutes that the optimizer's steps took, without samples and measurements, from the rates in metrics.jsonl."""
+    file, config = folder / "metrics.jsonl", folder / "config.yaml"
+    if not file.is_file() or not config.is_file():
+        return None
+    settings = yaml.safe_load(config.read_text(encoding="utf-8"))
+    batch = settings["train_batch_size"] * settings.get("gradient_accumulation_steps", 1)
+    seconds = before = 0.0
+    for line in file.read_text(encoding="utf-8").splitlines():
+        record = json.loads(line)
+        if "images_per_second" in record:
+            seconds += (record["step"] - before) * batch / record["images_per_second"]
+            before = record["step"]
+    return seconds / 60
+
+
+def row(cell: Cell, result: dict, minutes: float | None) -> dict:
     """What the table says of one result; guidance without a classifier needs two network calls a step."""
     protocol, settings, measures = result["protocol"], result["settings"], result["measures"]
     sampling = protocol["sampling"]
@@ -200,6 +220,7 @@ def row(cell: Cell, result: dict) -> dict:
             for name in ("fd", "precision", "recall", "label_accuracy")
             if name in measures
         },
+        "training_minutes": minutes,
         "fd_name": measures["fd"]["name"],
         "fd_error": measures["fd"]["error"],
     }
@@ -208,17 +229,22 @@ def row(cell: Cell, result: dict) -> dict:
 def table(rows: list[dict]) -> str:
     """The rows in Markdown."""
     lines = [
-        "| cell | sampler | settings | network calls | N | FD | precision | recall | label accuracy | s / 1,000 images |"
+        "| cell | sampler | settings | network calls | N | FD | precision | recall | label accuracy "
+        "| s / 1,000 images | training, min |"
     ]
-    lines += ["|" + " --- |" * 10]
+    lines += ["|" + " --- |" * 11]
     for r in rows:
         error = f" ± {r['fd_error']:.2g}" if r["fd_error"] else ""
         shares = " | ".join(
             f"{r[name]:.3f}" if name in r else "" for name in ("precision", "recall", "label_accuracy")
         )
-        seconds = "" if r["seconds_per_1000"] is None else f"{r['seconds_per_1000']:.1f}"
+        seconds, minutes = (
+            "" if r[name] is None else f"{r[name]:.{digits}f}"
+            for name, digits in (("seconds_per_1000", 1), ("training_minutes", 0))
+        )
         lines.append(
-            f"| {r['cell']} | {r['sampler']} | {r['settings']} | {r['network_calls']} | {r['images']:,} | {r['fd']:.3g}{error} | {shares} | {seconds} |"
+            f"| {r['cell']} | {r['sampler']} | {r['settings']} | {r['network_calls']} | {r['images']:,} "
+            f"| {r['fd']:.3g}{error} | {shares} | {seconds} | {minutes} |"
         )
     return "\n".join(lines) + "\n"
 

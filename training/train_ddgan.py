@@ -5,6 +5,11 @@
 
 Settings come from `--config` files, then from flags; `--help` lists them and `--dry_run` shows what a run would do.
 
+`--init_from runs/my_ddpm` takes the U-Net of a trained DDPM as generator (`ADMGenerator`): it knows how to denoise, and the
+game only has to teach it steps that are large. That is by far the shortest way to a good few-step model; give the
+discriminator a head start (`--discriminator_warmup_steps 200`) and the generator a low `--learning_rate`, as
+recipes/fashion_mnist_ddgan_cpu.yaml does.
+
 The divergence between q(x_t | x_{t+1}) and the generator's distribution is a flag. What else depends on it, by default:
 
 | divergence      | generator's loss | r1_gamma | note                                                             |

@@ -120,6 +120,18 @@ def test_the_report_counts_two_network_calls_for_a_step_of_classifier_free_guida
         assert len(set(picture.convert("RGB").resize((200, 120)).getdata())) > 20
 
 
+def test_the_cost_of_a_training_is_the_time_of_its_steps_at_the_rates_that_it_logged(tmp_path):
+    assert study.training_minutes(tmp_path) is None
+    (tmp_path / "config.yaml").write_text("train_batch_size: 30\ngradient_accumulation_steps: 2\n")
+    lines = [
+        {"step": 10, "images_per_second": 10.0},
+        {"step": 10, "eval_loss": 1.0},
+        {"step": 40, "images_per_second": 20.0},
+    ]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert study.training_minutes(tmp_path) == pytest.approx((10 * 60 / 10 + 30 * 60 / 20) / 60)
+
+
 def test_wrong_cells_are_one_sentence(machine, tmp_path, capsys):
     with pytest.raises(SystemExit, match="there is no cell 'ddpn'; choose from ddpm, classifier, guidance"):
         run(tmp_path, "ddpn")
