@@ -70,7 +70,7 @@ def _call(pipeline: str, network: dict[str, Any], classifier: dict[str, Any], la
     arguments = f"class_labels={json.dumps(labels, ensure_ascii=False)}" if labels else f"batch_size={SHOWN_LABELS}"
     if pipeline == "ClassifierGuidancePipeline":  # without a classifier it waits for a guidance_fn of the caller's
         arguments += ", guidance_scale=0.0"
-    elif labels and network.get("null_class"):
+    elif pipeline == "ClassifierFreeGuidancePipeline" and labels and network.get("null_class"):
         arguments += ", guidance_scale=1.5"
     return _with_generators(arguments, len(labels) or SHOWN_LABELS)
 

@@ -60,6 +60,7 @@ class AdversarialObjective:
     `saturating` None takes the generator's loss that trains. R1 acts every `r1_interval` steps, `r1_gamma` times the
     interval if `r1_times_interval`. `wgan_gp` is the weight of WGAN-GP (0: none), `l1_weight` that of the distance of
     the prediction to x_0. The generator is updated at every `n_critic`-th step after the first `warmup_steps`.
+    `full_precision` computes the discriminator in float32 also where the rest is in half precision.
     """
 
     divergence: str = "js"
@@ -71,6 +72,7 @@ class AdversarialObjective:
     l1_weight: float = 0.0
     n_critic: int = 1
     warmup_steps: int = 0
+    full_precision: bool = False
 
 
 class DiscriminatorHalf(nn.Module):
@@ -96,15 +98,14 @@ class DiscriminatorHalf(nn.Module):
     ) -> dict[str, Tensor]:
         """Per-image (B,) "loss", "penalty" within it, and the values "real" and "fake" of the discriminator."""
 
-        def critic(x: Tensor) -> Tensor:
-            return self.discriminator(x, t, x_tp1, labels, return_dict=False)[0].float()
+        def critic(x: Tensor, full_precision: bool = self.objective.full_precision) -> Tensor:
+            return discriminate(self.discriminator, x, t, x_tp1, labels, full_precision)
 
         values = {}
         if r1_gamma:
             x_t = x_t.detach().requires_grad_()
-            with torch.autocast(x_t.device.type, enabled=False):  # second derivatives need float32
-                values["real"] = critic(x_t)
-                penalty = r1_penalty(values["real"], x_t, r1_gamma)
+            values["real"] = critic(x_t, full_precision=True)  # second derivatives need float32
+            penalty = r1_penalty(values["real"], x_t, r1_gamma)
         else:
             values["real"] = critic(x_t)
             penalty = torch.zeros_like(values["real"])
@@ -114,6 +115,14 @@ class DiscriminatorHalf(nn.Module):
         divergence = self.objective.divergence
         loss = real_loss(divergence, values["real"]) + fake_loss(divergence, values["fake"]) + penalty
         return values | {"loss": loss, "penalty": penalty}
+
+
+def discriminate(
+    discriminator: nn.Module, x_t: Tensor, t: Tensor, x_tp1: Tensor, labels: Tensor | None, full_precision: bool
+) -> Tensor:
+    """The discriminator's values (B,) in float32, computed in float32 or in the precision that autocast chooses."""
+    with torch.autocast(x_t.device.type, enabled=False) if full_precision else nullcontext():
+        return discriminator(x_t, t, x_tp1, labels, return_dict=False)[0].float()
 
 
 class DDGANTrainer(TrainingRun):
@@ -227,7 +236,7 @@ class DDGANTrainer(TrainingRun):
         with self.accelerator.autocast():
             t, _, x_tp1, labels = self._real_pairs(batch, draw)
             x_fake, x_0 = self._generate(x_tp1, t, labels, draw)
-            value = self.discriminator(x_fake, t, x_tp1, labels, return_dict=False)[0]
+            value = discriminate(self.discriminator, x_fake, t, x_tp1, labels, objective.full_precision)
         values = {"loss_g": generator_loss(objective.divergence, value, objective.saturating)}
         if objective.l1_weight:
             values["l1"] = (x_0 - batch["pixels"]).abs().flatten(1).mean(dim=1)

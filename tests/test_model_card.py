@@ -11,6 +11,7 @@ from huggingface_hub import ModelCard, metadata_load
 
 from hf_diffusion import (
     ADMClassifier,
+    ADMGenerator,
     ADMUNet2DModel,
     ClassifierFreeGuidancePipeline,
     ClassifierGuidancePipeline,
@@ -333,6 +334,13 @@ PIPELINES = {
     ),
     "guided by nothing yet": lambda: ClassifierGuidancePipeline(small_unet(True), None, DDIMEtaScheduler()),
     "few steps": lambda: DDGANPipeline(small_generator(True), DDGANScheduler(4), id2label=names),
+    "few steps, from a diffusion model": lambda: DDGANPipeline(
+        ADMGenerator.from_denoiser(
+            small_unet(True), DDIMEtaScheduler().alphas_cumprod, "epsilon", DDGANScheduler(4).alpha_bar[1:]
+        ),
+        DDGANScheduler(4),
+        id2label=names,
+    ),
     "few steps, no classes": lambda: DDGANPipeline(small_generator(False), DDGANScheduler(2)),
 }
 

@@ -116,6 +116,7 @@ class DDGANConfig(GenerativeTrainingConfig):
         "start from the generator of this DDGAN pipeline, or from the U-Net of this DDPM pipeline, a folder or Hub id: its shape then "
         "replaces the options of the generator but latent_dim",
         group="generator",
+        tied=False,
     )
     model_channels: int = option(64, "width of the generator's first level", at_least=4)
     channel_mult: tuple[int, ...] | None = option(
@@ -141,6 +142,9 @@ class DDGANConfig(GenerativeTrainingConfig):
     time_embed_dim: int = option(128, "width of its time embedding", at_least=4)
     discriminator_patch_size: int | None = option(
         None, "side of the pixel patches that the discriminator works on; none takes patch_size", at_least=1
+    )
+    discriminator_full_precision: bool = option(
+        False, "compute the discriminator in float32, whatever mixed_precision says of the generator", tied=False
     )
     discriminator_learning_rate: float | None = option(
         None, "highest learning rate of the discriminator; none takes learning_rate", above=0, tied=False
@@ -182,6 +186,7 @@ class DDGANConfig(GenerativeTrainingConfig):
             l1_weight=self.l1_weight,
             n_critic=self.n_critic,
             warmup_steps=self.discriminator_warmup_steps,
+            full_precision=self.discriminator_full_precision,
         )
 
 

@@ -167,7 +167,9 @@ def protocol_text(protocol: dict[str, Any]) -> str:
         }  # the scheduler's own, unless the call said another
         used |= {name: value for name, value in sampling["options"].items() if value is not None}
         options = ", ".join(f"{name} {value}" for name, value in used.items() if value is not None)
-        parts.append(f"{sampling['sampler']}, {options}, {sampling['dtype']} on {sampling['device']}")
+        parts.append(
+            ", ".join(filter(None, (sampling["sampler"], options, f"{sampling['dtype']} on {sampling['device']}")))
+        )
     if protocol.get("seeds"):
         parts.append(f"seeds {protocol['seeds'][0]} to {protocol['seeds'][1]}")
     return "; ".join(parts)

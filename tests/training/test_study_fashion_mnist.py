@@ -101,7 +101,7 @@ def test_long_chains_draw_fewer_images_and_say_so(machine, tmp_path):
     run(tmp_path, "ddpm", "--network_calls", "3000000")
     counts = {args.output_dir.name: args.num_images for args in machine.evaluated}
     chains = {"ddpm_50": 10_000, "ddpm_300": 10_000, "ddpm_1000": 3000}
-    assert counts == {"ddim": 10_000, "ddim_4": 10_000, "ddim_50": 10_000, **chains}
+    assert counts == {"ddim": 10_000, "ddim_4": 10_000, **chains}
     rows = json.loads((tmp_path / "cpu" / "study.json").read_text())
     assert {r["network_calls"]: r["images"] for r in rows}[1000] == 3000
 

@@ -161,7 +161,16 @@ def test_every_divergence_trains_two_steps_with_gradients_in_every_tensor(tmp_pa
     [
         ["--divergence", "wasserstein", "--r1_gamma", "0", "--wgan_gp", "10", "--n_critic", "2"],
         ["--divergence", "wasserstein", "--r1_gamma", "0", "--spectral_norm", "--no-use_ema"],
-        ["--mixed_precision", "bf16", "--l1_weight", "0.5", "--no-class_conditional", "--num_timesteps", "2"],
+        [
+            "--mixed_precision",
+            "bf16",
+            "--l1_weight",
+            "0.5",
+            "--no-class_conditional",
+            "--num_timesteps",
+            "2",
+            "--discriminator_full_precision",
+        ],
         ["--generator_objective", "minmax", "--lr_scheduler", "cosine", "--discriminator_learning_rate", "0.002"],
         ["--schedule", "geometric", "--beta_min", "0.01", "--beta_max", "0.99", "--timestep_sampling", "stratified"],
         [
@@ -256,6 +265,18 @@ def test_r1_is_that_of_float32_also_under_autocast(precision):
     torch.testing.assert_close(values["penalty"], expected)
     values["loss"].mean().backward()
     assert values["real"].dtype == torch.float32 and critic.linear.weight.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("full_precision", [False, True])
+def test_the_discriminator_computes_in_full_precision_under_autocast_where_asked(full_precision):
+    torch.manual_seed(0)
+    critic, x_t, x_fake, x_tp1 = Bilinear(), *torch.randn(3, 8, 3)
+    half = DiscriminatorHalf(critic, AdversarialObjective(full_precision=full_precision))
+    arguments = x_t, x_fake, torch.zeros(8).long(), x_tp1, None, 0.0, None
+    expected = half(*arguments)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        values = half(*arguments)
+    assert all(torch.equal(values[name], expected[name]) == full_precision for name in ("real", "fake"))
 
 
 @pytest.mark.parametrize(
