@@ -176,7 +176,8 @@ def collect(parent: Path, cells: dict[str, Cell]) -> list[dict]:
         for measurement in cell.measurements:
             file = parent / cell.name / "measurements" / measurement.name / "metrics.json"
             if file.is_file():
-                minutes = training_minutes(parent / (cell.model or cell.name))
+                trained = (cell.start, cell.model or cell.name)
+                minutes = [training_minutes(parent / name) for name in trained if name is not None]
                 results = json.loads(file.read_text(encoding="utf-8"))["results"]
                 rows += [row(cell, result, minutes) for result in results]
     return rows
@@ -198,16 +199,21 @@ def training_minutes(folder: Path) -> float | None:
     return seconds / 60
 
 
-def row(cell: Cell, result: dict, minutes: float | None) -> dict:
-    """What the table says of one result; guidance without a classifier needs two network calls a step."""
+def row(cell: Cell, result: dict, minutes: list[float | None]) -> dict:
+    """What the table says of one result; guidance without a classifier needs two network calls a step.
+
+    `minutes` are those of the trainings that the network went through.
+    """
     protocol, settings, measures = result["protocol"], result["settings"], result["measures"]
     sampling = protocol["sampling"]
     steps = sampling["options"].get("num_inference_steps") or sampling["sampler_config"]["num_train_timesteps"]
     scale = sampling["options"].get("guidance_scale", 1.0)
     free = sampling["pipeline"] == "ClassifierFreeGuidancePipeline"
+    if sampling["sampler"].startswith("DDIM") and "guidance" not in settings:
+        settings = {"eta": sampling["sampler_config"].get("eta", 0.0)} | settings
     return {
         "cell": cell.name,
-        "sampler": sampling["sampler"].removesuffix("Scheduler"),
+        "sampler": next(name for name in ("DDIM", "DDPM", "DDGAN") if name in sampling["sampler"]),
         "settings": ", ".join(f"{name} {value}" for name, value in settings.items() if name != "num_inference_steps"),
         "network_calls": steps * (2 if free and scale != 1 else 1),
         "images": protocol["count"],
@@ -235,10 +241,8 @@ def table(rows: list[dict]) -> str:
         shares = " | ".join(
             f"{r[name]:.3f}" if name in r else "" for name in ("precision", "recall", "label_accuracy")
         )
-        seconds, minutes = (
-            "" if r[name] is None else f"{r[name]:.{digits}f}"
-            for name, digits in (("seconds_per_1000", 1), ("training_minutes", 0))
-        )
+        seconds = "" if r["seconds_per_1000"] is None else f"{r['seconds_per_1000']:.1f}"
+        minutes = " + ".join(f"{value:.0f}" for value in r["training_minutes"] if value is not None)
         lines.append(
             f"| {r['cell']} | {r['sampler']} | {r['settings']} | {r['network_calls']} | {r['images']:,} "
             f"| {r['fd']:.3g}{error} | {shares} | {seconds} | {minutes} |"
@@ -271,6 +275,8 @@ def figure(rows: list[dict], path: Path) -> None:
                 p["network_calls"], (p["seconds_per_1000"], p["fd"]), (4, 4), textcoords="offset points", fontsize=7
             )
     axes.set(xscale="log", yscale="log", xlabel="seconds for 1,000 images (beside the points: network calls)")
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter("{x:g}")
     axes.set_ylabel("Frechet distance, lower is better")
     axes.legend(frameon=False, fontsize=8)
     partial = path.with_suffix(".partial.png")

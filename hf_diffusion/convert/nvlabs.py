@@ -58,8 +58,12 @@ def discriminator_from_nvlabs(state: State, flags: Flags) -> DDGANDiscriminator:
 def generator_to_nvlabs(model: DDGANGenerator) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The state dict and the flags of the reference's generator that computes the same as `model`.
 
-    Raises ValueError if the model uses what the reference does not have: classes, patches, images that are not square.
+    Raises ValueError if the model uses what the reference does not have: classes, patches, images that are not square, a U-Net of ADM.
     """
+    if not isinstance(model, DDGANGenerator):
+        raise ValueError(
+            f"the reference has no counterpart of a {type(model).__name__}; a DDGANGenerator can be exported"
+        )
     _check_expressible(model)
     config = model.config
     flags = {theirs: config[ours] for theirs, ours in GENERATOR_FLAGS.items()}

@@ -16,6 +16,7 @@ from hf_diffusion.convert.nvlabs import (
 )
 from hf_diffusion.convert.nvlabs_flags import discriminator_config, generator_config, read_flags
 from hf_diffusion.models.ncsnpp_ddgan import DDGANDiscriminator, DDGANGenerator
+from hf_diffusion.models.unet_adm import ADMGenerator
 from hf_diffusion.pipelines.pipeline_ddgan import DDGANPipeline
 from hf_diffusion.schedulers.scheduling_ddgan import DDGANScheduler
 
@@ -116,6 +117,10 @@ def test_models_that_the_reference_cannot_express_are_refused():
     for model in (DDGANGenerator(**config, num_class_embeds=3), DDGANGenerator(**config | {"sample_size": (8, 16)})):
         with pytest.raises(ValueError, match="no counterpart of"):
             generator_to_nvlabs(model)
+    with pytest.raises(ValueError, match="no counterpart of a ADMGenerator; a DDGANGenerator can be exported"):
+        generator_to_nvlabs(
+            ADMGenerator(sample_size=8, model_channels=32, channel_mult=(1,), attention_resolutions=())
+        )
     for changes in ({"num_class_embeds": 3}, {"stddev_contiguous_groups": True}, {"fir_kernel": (1, 2, 1)}):
         with pytest.raises(ValueError, match="no counterpart of"):
             discriminator_to_nvlabs(DDGANDiscriminator(**critic, **changes))
