@@ -23,7 +23,7 @@ JOULES_A_KWH = 3.6e6
 def summary_of(kind: str, data: dict[str, Any], training: dict[str, Any]) -> str:
     text = f"A {kind}"
     if data.get("size"):
-        text += f" of {'x'.join(map(str, data['size']))} images"
+        text += f" of {'x'.join(map(str, data['size']))}" + ("" if kind.endswith("images") else " images")
     if training.get("parameters"):
         text += f" with {_readable_count(training['parameters'])} parameters"
     text += ", trained with hf_diffusion"

@@ -364,6 +364,7 @@ def test_the_card_of_a_classifier_guides_a_diffusion_model_with_it(tmp_path, mon
     small_classifier().save_pretrained(tmp_path / "judge")
     PIPELINES["unconditional"]().save_pretrained(tmp_path / "runs" / "diffusion")
     card = card_of(tmp_path / "judge", images=[], curve=None, kind="classifier of noisy images")
+    assert "classifier of noisy images of 28x28 with" in card
     assert "(beta_schedule='linear', num_train_timesteps=1000)" in card and "0 T-shirt/top, 1 Trouser" in card
     assert "The quality of the samples" not in card and "pipeline_tag" not in metadata_load(
         tmp_path / "judge/README.md"
