@@ -425,19 +425,24 @@ def test_a_half_with_a_gradient_that_is_not_finite_changes_nothing_and_is_counte
 # --- resuming and dividing the work ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("interrupted_at", [3, 5])
-def test_an_interrupted_run_ends_with_the_very_weights_of_an_uninterrupted_one(
-    finished, tmp_path, monkeypatch, interrupted_at
-):
+def stop_after(patch: pytest.MonkeyPatch, steps: int) -> None:
+    """Send this process SIGTERM when so many steps are done."""
     original = DDGANTrainer._optimizer_step
 
     def step_and_signal(trainer, stream):
         original(trainer, stream)
-        if trainer.step + 1 == interrupted_at:
+        if trainer.step + 1 == steps:
             os.kill(os.getpid(), signal.SIGTERM)
 
+    patch.setattr(DDGANTrainer, "_optimizer_step", step_and_signal)
+
+
+@pytest.mark.parametrize("interrupted_at", [3, 5])
+def test_an_interrupted_run_ends_with_the_very_weights_of_an_uninterrupted_one(
+    finished, tmp_path, monkeypatch, interrupted_at
+):
     with monkeypatch.context() as patch:
-        patch.setattr(DDGANTrainer, "_optimizer_step", step_and_signal)
+        stop_after(patch, interrupted_at)
         run(tmp_path, *SEVEN)
     assert not (tmp_path / "model_index.json").exists()
     assert sorted(tmp_path.glob("checkpoint-*"))[-1].name == f"checkpoint-{interrupted_at:08d}"
@@ -447,6 +452,21 @@ def test_an_interrupted_run_ends_with_the_very_weights_of_an_uninterrupted_one(
     a, b = metrics(tmp_path)[-1], metrics(finished)[-1]
     timings = {"images_per_second", "data_wait"}
     assert {k: v for k, v in a.items() if k not in timings} == {k: v for k, v in b.items() if k not in timings}
+
+
+@pytest.mark.parametrize("interrupted_at", [2, 5])  # in the discriminator's warm-up, and after it
+def test_an_interrupted_run_from_a_denoiser_ends_with_the_very_weights_too(
+    denoiser, tmp_path, monkeypatch, interrupted_at
+):
+    flags = ["--max_train_steps", "7", "--init_from", str(denoiser), "--discriminator_warmup_steps", "3"]
+    whole = run(tmp_path / "whole", *flags)
+    with monkeypatch.context() as patch:
+        stop_after(patch, interrupted_at)
+        run(tmp_path / "cut", *flags)
+    assert not (tmp_path / "cut" / "model_index.json").exists()
+    cut = run(tmp_path / "cut", *flags, "--resume_from_checkpoint", "latest")
+    assert_same(shared_weights(cut), shared_weights(whole))
+    assert_same(raw_weights(cut), raw_weights(whole))
 
 
 def test_accumulation_gives_the_gradients_of_the_whole_batch(tmp_path):
