@@ -1,23 +1,35 @@
-"""hf_diffusion: train, guide, measure and share diffusion models on the base classes of diffusers.
+"""hf_diffusion: train, guide, measure and share diffusion models on the classes of diffusers.
 
-Importing the package imports the module of every component: diffusers loads components only from modules that are imported.
+diffusers finds the class of a component in a module of `sys.modules`. So importing the package
+puts the module of every component there. A module runs when it is first asked for an attribute,
+since torch and diffusers take seconds.
 """
 
-from hf_diffusion.models.ncsnpp_ddgan import DDGANDiscriminator, DDGANGenerator
-from hf_diffusion.models.unet_adm import ADMClassifier, ADMGenerator, ADMUNet2DModel
-from hf_diffusion.pipelines.pipeline_classifier_free_guidance import ClassifierFreeGuidancePipeline
-from hf_diffusion.pipelines.pipeline_classifier_guidance import ClassifierGuidancePipeline
-from hf_diffusion.pipelines.pipeline_ddgan import DDGANPipeline
-from hf_diffusion.schedulers.scheduling_ddgan import DDGANScheduler
-from hf_diffusion.schedulers.scheduling_gaussian import CosineDDPMScheduler, DDIMEtaScheduler, LinearDDPMScheduler
+import sys
+from typing import TYPE_CHECKING, Any
+
+from hf_diffusion.lazy_modules import put_into_sys_modules
 
 
-__version__ = "0.1.0"
+if TYPE_CHECKING:
+    from hf_diffusion.models.mlp_points import PointDenoiser, PointDiscriminator, PointGenerator
+    from hf_diffusion.models.ncsnpp_ddgan import DDGANDiscriminator, DDGANGenerator
+    from hf_diffusion.models.unet_adm import ADMClassifier, ADMGenerator, ADMUNet2DModel
+    from hf_diffusion.pipelines.guiders import ClassifierGuidance
+    from hf_diffusion.pipelines.pipeline_classifier_free_guidance import ClassifierFreeGuidancePipeline
+    from hf_diffusion.pipelines.pipeline_classifier_guidance import ClassifierGuidancePipeline
+    from hf_diffusion.pipelines.pipeline_ddgan import DDGANPipeline
+    from hf_diffusion.schedulers.scheduling_ddgan import DDGANScheduler
+    from hf_diffusion.schedulers.scheduling_gaussian import CosineDDPMScheduler, DDIMEtaScheduler, LinearDDPMScheduler
+
+__version__ = "0.2.0"
+
 __all__ = [
     "ADMClassifier",
     "ADMGenerator",
     "ADMUNet2DModel",
     "ClassifierFreeGuidancePipeline",
+    "ClassifierGuidance",
     "ClassifierGuidancePipeline",
     "CosineDDPMScheduler",
     "DDGANDiscriminator",
@@ -26,4 +38,33 @@ __all__ = [
     "DDGANScheduler",
     "DDIMEtaScheduler",
     "LinearDDPMScheduler",
+    "PointDenoiser",
+    "PointDiscriminator",
+    "PointGenerator",
 ]
+# The same at run time: a module and the public classes that it defines.
+_COMPONENTS = {
+    "hf_diffusion.models.mlp_points": ("PointDenoiser", "PointDiscriminator", "PointGenerator"),
+    "hf_diffusion.models.ncsnpp_ddgan": ("DDGANDiscriminator", "DDGANGenerator"),
+    "hf_diffusion.models.unet_adm": ("ADMClassifier", "ADMGenerator", "ADMUNet2DModel"),
+    "hf_diffusion.pipelines.guiders": ("ClassifierGuidance",),
+    "hf_diffusion.pipelines.pipeline_classifier_free_guidance": ("ClassifierFreeGuidancePipeline",),
+    "hf_diffusion.pipelines.pipeline_classifier_guidance": ("ClassifierGuidancePipeline",),
+    "hf_diffusion.pipelines.pipeline_ddgan": ("DDGANPipeline",),
+    "hf_diffusion.schedulers.scheduling_ddgan": ("DDGANScheduler",),
+    "hf_diffusion.schedulers.scheduling_gaussian": ("CosineDDPMScheduler", "DDIMEtaScheduler", "LinearDDPMScheduler"),
+}
+
+for _module in _COMPONENTS:
+    put_into_sys_modules(_module)
+
+
+def __getattr__(name: str) -> Any:
+    for module, classes in _COMPONENTS.items():
+        if name in classes:
+            return getattr(sys.modules[module], name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

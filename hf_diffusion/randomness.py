@@ -1,14 +1,23 @@
 """Random numbers as a function of the seed and the step, so that a run needs no stored generator state.
 
-What an optimizer step draws is drawn for its whole batch over all processes and micro-batches, and each micro-batch takes its
-rows. One process or four, with or without accumulation, interrupted or not: the same images meet the same noise.
+What an optimizer step draws is drawn for its whole batch over all processes and micro-batches, in blocks of rows, and
+each micro-batch takes its rows. One process or four, with or without accumulation, interrupted or not: the same images
+meet the same noise, and no process draws much more than it needs.
 """
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
+
+
+# Rows that share a generator. Even, so that the two of an antithetic pair are always drawn together. The price of a
+# smaller one is a kernel a block on a GPU, that of a larger one are rows that are drawn and not used.
+BLOCK = 16
+
+# (u of whole blocks, their numbers in the global batch, its size) -> u, see `losses.noise_levels`
+Spread = Callable[[Tensor, Tensor, int], Tensor]
 
 
 def derive_seed(*parts: int | str) -> int:
@@ -20,34 +29,72 @@ def derive_seed(*parts: int | str) -> int:
 class Draw:
     """The random numbers of one micro-batch: rows `rows` of what step `step` draws for its `total` images.
 
-    Successive calls give independent numbers, so a loss must draw in the same order at every step.
+    Successive calls give independent numbers, so a loss must draw in the same order at every step. `block` None is
+    how versions before 0.2 drew, which a run that began so goes on with: all rows from one generator.
     """
 
-    def __init__(self, seed: int, step: int, rows: slice, total: int, device: torch.device):
-        self.generator = torch.Generator(device).manual_seed(derive_seed(seed, "step", step))
-        self.rows, self.total, self.device = rows, total, device
-        self.t: Tensor | None = None  # the timesteps (rows,) drawn last, for messages
+    def __init__(self, seed: int, step: int, rows: slice, total: int, device: torch.device, block: int | None = BLOCK):
+        size = block or total
+        blocks = range(rows.start // size, (rows.stop - 1) // size + 1)
+        seeds = [derive_seed(seed, "step", step, *([] if block is None else [number])) for number in blocks]
+        self.generators = [torch.Generator(device).manual_seed(seed) for seed in seeds]
+        self.numbers = torch.arange(blocks.start * size, blocks.stop * size, device=device)
+        self.size, self.total, self.device = size, total, device
+        self.rows = slice(rows.start - blocks.start * size, rows.stop - blocks.start * size)
+
+    def level(self, spread: Spread | None = None) -> Tensor:
+        """Noise levels u float64 (B,) in [0, 1), which each family turns into its timestep or sigma.
+
+        `spread` arranges those of the whole batch; without it they are independent.
+        """
+        u = self._blocks(torch.rand).double()
+        return (u if spread is None else spread(u, self.numbers, self.total))[self.rows]
 
     def normal(self, *shape: int) -> Tensor:
-        """Unit Gaussian noise of shape (rows, *shape)."""
-        return torch.randn(self.total, *shape, generator=self.generator, device=self.device)[self.rows]
+        """Unit Gaussian noise of shape (B, *shape)."""
+        return self._blocks(torch.randn, *shape)[self.rows]
 
-    def uniform(self) -> Tensor:
-        """Numbers in [0, 1) of shape (rows,)."""
-        return torch.rand(self.total, generator=self.generator, device=self.device)[self.rows]
+    def uniform(self, *shape: int) -> Tensor:
+        """Numbers in [0, 1) of shape (B, *shape)."""
+        return self._blocks(torch.rand, *shape)[self.rows]
 
-    def timesteps(self, sampler: Callable[[Tensor, int], Tensor], num_timesteps: int) -> Tensor:
-        """int64 (rows,) from a sampler of `timestep_sampling`, which sees the uniform numbers of the whole batch."""
-        u = torch.rand(self.total, generator=self.generator, device=self.device)
-        self.t = sampler(u, num_timesteps)[self.rows]
-        return self.t
+    def _blocks(self, draw: Callable[..., Tensor], *shape: int) -> Tensor:
+        parts = [draw(self.size, *shape, generator=generator, device=self.device) for generator in self.generators]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+class FixedDraw:
+    """The random numbers of held-out images: they belong to the image, for any batch and any number of processes.
+
+    Its levels lie in part `part` of `parts` equal parts of [0, 1).
+    """
+
+    def __init__(self, seed: int, rows: Sequence[int], part: int, parts: int, device: torch.device):
+        self.generators = [torch.Generator().manual_seed(derive_seed(seed, "held out", row)) for row in rows]
+        self.part, self.parts, self.device = part, parts, device
+
+    def level(self, spread: Spread | None = None) -> Tensor:
+        """Noise levels float64 (B,) in the part; a spread over a batch means nothing here."""
+        return (self.part + self._each(torch.rand).double()) / self.parts
+
+    def normal(self, *shape: int) -> Tensor:
+        """Unit Gaussian noise of shape (B, *shape)."""
+        return self._each(torch.randn, *shape)
+
+    def uniform(self, *shape: int) -> Tensor:
+        """Numbers in [0, 1) of shape (B, *shape)."""
+        return self._each(torch.rand, *shape)
+
+    def _each(self, draw: Callable[..., Tensor], *shape: int) -> Tensor:
+        drawn = [draw(self.parts, *shape, generator=generator)[self.part] for generator in self.generators]
+        return torch.stack(drawn).to(self.device)
 
 
 class BatchOrder:
-    """Which images each micro-batch of this process holds, as lists of (epoch, index), from `start_step` to `total_steps`.
+    """Which images each micro-batch of this process holds.
 
-    The run reads one endless stream, the epochs' permutations one after the other; step k takes the k-th `global batch` of it.
-    No image is left out at an epoch's end, and the place in the stream follows from the step.
+    The run reads one endless stream, the epochs' permutations one after the other; step k takes the k-th global batch
+    of it. No image is left out at an epoch's end, and the place in the stream follows from the step.
     `images` None: the data are a stream of their own, and only `rows` and `total` are asked for.
     """
 

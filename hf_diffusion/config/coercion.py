@@ -1,22 +1,28 @@
-"""Text to values, by annotation: str, int, float, bool, Literal, tuple[X, ...], tuple[X, Y] and unions of these and None.
+"""Text to values, by annotation.
 
-Settings are text wherever they come from, YAML included, and the annotation alone decides what they become. So `1e-4`, `no` or
-`20231101` cannot turn into something else on the way. The words `none` and `null` mean None in every field that may be None.
+Understood are str, int, float, bool, Path, Literal, tuple[X, ...], tuple[X, Y] and unions of these
+and None. Settings are text wherever they come from, YAML included, and the annotation alone decides
+what they become. So `1e-4`, `no` or `20231101` cannot turn into something else. `none` and `null`
+mean None in every field that may be None.
 """
 
 import math
 import re
 import types
+from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin
 
 
 BOOLEANS = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
 NOTHING = ("none", "null", "~", "")
-KINDS = {str: "text", int: "a whole number", float: "a number", bool: "true or false"}
+KINDS = {str: "text", int: "a whole number", float: "a number", bool: "true or false", Path: "a path"}
 
 
 def coerce(value: Any, annotation: Any, name: str) -> Any:
-    """`value` (text, or a list of texts) as the annotated type; ValueError names the key, the value and what is allowed."""
+    """`value` (text, or a list of texts) as the annotated type.
+
+    ValueError names the key, the value and what is allowed.
+    """
     try:
         return _convert(value, annotation)
     except ValueError:
@@ -55,17 +61,21 @@ def _convert(value: Any, annotation: Any) -> Any:
         return BOOLEANS[text.lower()]
     if annotation is int and re.fullmatch(r"[+-]?\d[\d_]*", text):
         return int(text)
-    if annotation is int and float(text).is_integer():  # 1e5, also from YAML
+    # 1e5, also from YAML.
+    if annotation is int and float(text).is_integer():
         return int(float(text))
-    if annotation is float and not math.isnan(float(text.replace(".inf", "inf"))):  # YAML writes infinity with a dot
+    # YAML writes infinity with a dot.
+    if annotation is float and not math.isnan(float(text.replace(".inf", "inf"))):
         return float(text.replace(".inf", "inf"))
     if annotation is str:
         return str(value)
+    if annotation is Path and text:
+        return Path(text)
     raise ValueError
 
 
 def _convert_to_first(value: Any, annotations: tuple) -> Any:
-    """`value` as the first of the annotations that takes it; None comes first, since `none` would pass as text."""
+    """`value` as the first of the annotations that takes it, None before text."""
     for annotation in sorted(annotations, key=lambda annotation: annotation is not types.NoneType):
         try:
             return _convert(value, annotation)

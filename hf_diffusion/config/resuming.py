@@ -1,39 +1,43 @@
 """Which settings a checkpoint is tied to, and which may change when a run goes on from it."""
 
 import dataclasses
-from collections.abc import Collection
 from typing import Any
 
 from hf_diffusion.config.options import config_to_dict
 
 
-TIED = ("method", "network", "generator", "discriminator")  # groups that say what the weights are and what they learn
-CHANGEABLE = (
-    "optimization",
-    "averaging",
-)  # groups whose change is sound, but makes it another run than the uninterrupted one
+# groups whose change is sound, but makes it another run than the uninterrupted one
+CHANGEABLE = ("optimization", "averaging")
 # The batch and the length, which a checkpoint keeps as the global batch and the total of steps.
 KEPT_AS_TOTALS = ("train_batch_size", "gradient_accumulation_steps", "max_train_steps", "num_epochs")
 
 
 def tied_settings(config: Any) -> dict[str, Any]:
-    """The settings that must agree with the checkpoint's."""
-    return _settings(config, TIED, tied=True)
+    """The settings that must agree with the checkpoint's: all that a script adds, unless one says otherwise."""
+    values = config_to_dict(config)
+    return {field.name: values[field.name] for field in dataclasses.fields(config) if _is_tied(config, field)}
 
 
 def changeable_settings(config: Any) -> dict[str, Any]:
     """The settings whose change is worth a remark."""
-    settings = _settings(config, CHANGEABLE, tied=True) | _settings(config, TIED, tied=False)
-    return {name: value for name, value in settings.items() if name not in KEPT_AS_TOTALS}
-
-
-def _settings(config: Any, groups: Collection[str], tied: bool) -> dict[str, Any]:
     values, found, group = config_to_dict(config), {}, None
     for field in dataclasses.fields(config):
-        group = field.metadata.get("group") or group  # a group lasts to the next
-        if group in groups and field.metadata.get("tied", True) == tied:
+        # a group lasts to the next
+        group = field.metadata.get("group") or group
+        noted = group in CHANGEABLE or (_of_the_family(config, field) and field.metadata.get("tied") is False)
+        if noted and field.name not in KEPT_AS_TOTALS:
             found[field.name] = values[field.name]
     return found
+
+
+def _is_tied(config: Any, field: dataclasses.Field) -> bool:
+    return _of_the_family(config, field) and field.metadata.get("tied", True) is True
+
+
+def _of_the_family(config: Any, field: dataclasses.Field) -> bool:
+    """Whether the class that brought the setting leaves its settings tied; a later default changes nothing."""
+    first = next(cls for cls in reversed(type(config).__mro__) if field.name in vars(cls).get("__annotations__", {}))
+    return vars(first).get("settings_are_tied", True)
 
 
 def differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:

@@ -1,68 +1,30 @@
-"""The settings that all training scripts share; a script adds its own by a subclass.
+"""The settings of a run that all training scripts share; a script adds its own by a subclass.
 
-`parse_config(DDPMConfig)` reads them from `--config recipe.yaml` and the command line, `save_config` writes the file that gives the
-same run again. Flags have the names of diffusers' train_unconditional.py where it has one.
+`parse_config(DDPMConfig)` reads them from `--config recipe.yaml` and the command line, `save_config` writes the file that
+gives the same run again. Flags have the names of diffusers' train_unconditional.py where it has one.
 """
 
 import math
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
-from hf_diffusion.config.options import (
-    check_fields,
-    config_to_dict,
-    config_to_yaml,
-    option,
-    parse_config,
-    read_config,
-    save_config,
-)
-
-
-__all__ = [
-    "TrainingConfig",
-    "check_fields",
-    "config_to_dict",
-    "config_to_yaml",
-    "option",
-    "parse_config",
-    "read_config",
-    "save_config",
-]
+from hf_diffusion.config.options import check_fields, option
 
 
 @dataclass(kw_only=True)
 class TrainingConfig:
-    """Data, optimizer, averaging, precision, logging and checkpoints of one training run."""
+    """Optimizer, averaging, precision, logging and checkpoints of one training run, and what its family is."""
 
-    # A Hub id, or the digits that scikit-learn carries: a first run needs neither a network nor a folder of images.
-    dataset_name: str | None = option(None, "data set on the Hub, or `digits` (8x8, no network needed)", group="data")
-    dataset_config_name: str | None = option(None, "configuration of the data set on the Hub, where it has several")
-    # Exclusive with dataset_name: a folder that silently lost against a Hub id would train on the wrong images.
-    train_data_dir: str | None = option(
-        None, "folder of images (folders in it are classes) or of parquet files, or one .parquet or .zip file"
-    )
-    split: str = option("train", "split of the data set to train on")
-    cache_dir: str | None = option(None, "where downloaded data are kept instead of the cache of datasets")
-    image_column: str | None = option(None, "column that holds the image; none finds it by its type")
-    # The names of the classes come along; whether the network learns classes is a setting of the script.
-    label_column: str = option("auto", "column that holds the class; auto finds it by its type, none takes no classes")
-    # None keeps the size of the data, which for small data sets is what one wants and for mixed sizes is an error that says so.
-    resolution: int | tuple[int, int] | None = option(
-        None, "size of the images, 32 or HEIGHTxWIDTH; none keeps the size of the data", at_least=1
-    )
-    channels: Literal[1, 3, 4] | None = option(None, "channels of the images; none keeps those of the data")
-    center_crop: bool = option(True, "crop the middle after resizing the shorter side, instead of a crop at random")
-    # Off, since mirrored digits, letters and medical images are wrong images; recipes for photographs turn it on.
-    random_flip: bool = option(False, "mirror half of the images, chosen anew in each epoch")
-    max_train_samples: int | None = option(None, "use only so many images", at_least=1)
-    # A few broken files in a scraped folder are normal; many of them mean that the folder is not what it was taken for.
-    max_bad_images: int = option(
-        100, "stop when more images than this cannot be read; fewer are skipped and counted", at_least=0
-    )
-    streaming: bool = option(False, "read the data set while training instead of downloading and preparing it first")
-    # Decoded images are kept in memory where they fit, and then worker processes cost more than they bring.
-    dataloader_num_workers: int = option(0, "processes that read images ahead of the training", at_least=0)
+    # What a family says of itself, for its card and its checkpoints.
+    method: ClassVar[str] = ""
+    kind: ClassVar[str] = "diffusion model"
+    tags: ClassVar[tuple[str, ...]] = ()
+    # The Hub's task, such as image-classification; None where it follows from the data that a pipeline draws.
+    task: ClassVar[str | None] = None
+    # A template in model_cards/ that tells how to use a network that is saved alone; None for a pipeline.
+    usage_template: ClassVar[str | None] = None
+    # A checkpoint is tied to every setting of a class that does not say otherwise.
+    settings_are_tied: ClassVar[bool] = False
 
     output_dir: str = option("runs/model", "folder for checkpoints, samples, logs and the final model", group="run")
     # Without it, a folder that holds another run is refused: nobody loses a finished model to a repeated command.
@@ -72,6 +34,7 @@ class TrainingConfig:
     dry_run: bool = option(
         False, "show settings, sizes and a grid of training images, then stop before the first step"
     )
+    traceback: bool = option(False, "on an error, show where in the code it arose")
 
     train_batch_size: int = option(16, "images for each process and micro step", at_least=1, group="optimization")
     gradient_accumulation_steps: int = option(1, "micro steps that make one optimizer step", at_least=1)
@@ -131,6 +94,8 @@ class TrainingConfig:
     channels_last: bool = option(
         False, "store images channel by channel last: for GPUs with half precision; slower on CPUs"
     )
+    # Decoded images are kept in memory where they fit, and then worker processes cost more than they bring.
+    dataloader_num_workers: int = option(0, "processes that read images ahead of the training", at_least=0)
 
     # Several at once are allowed. Metrics always go to output_dir/metrics.jsonl too, so none loses nothing.
     report_to: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = option(
@@ -173,19 +138,27 @@ class TrainingConfig:
         None, "licence of the weights, for the card: an id of the Hub such as mit or cc-by-4.0; none states none"
     )
 
+    def papers(self) -> tuple[str, ...]:
+        """What a run with these settings rests on: keys of cards/papers.bib, or whole BibTeX entries."""
+        return ()
+
+    def sampling_options(self) -> dict[str, Any]:
+        """The arguments of the pipeline's call with which the run draws its samples, beside labels and seeds."""
+        return {}
+
     def validate(self) -> None:
-        """ValueError, in one sentence, at the first setting that is out of range or contradicts another."""
+        """ValueError, in one sentence, at the first setting that is out of range or contradicts another.
+
+        Each group of options has a `check` of its own.
+        """
         check_fields(self)
-        self._check_exclusive("dataset_name", "train_data_dir", "the data to train on")
-        self._check_exclusive("max_train_steps", "num_epochs", "how long to train")
-        if self.streaming and self.num_epochs:
-            raise ValueError(
-                "num_epochs needs the number of images, which a stream does not tell; give max_train_steps instead"
-            )
-        if self.dataset_config_name and not self.dataset_name:
-            raise ValueError(
-                f"dataset_config_name {self.dataset_config_name!r} needs dataset_name, the data set that it belongs to"
-            )
+        for group in reversed(type(self).__mro__):
+            if "check" in vars(group):
+                group.check(self)
+
+    def check(self) -> None:
+        """ValueError for settings of a run that contradict each other."""
+        check_exclusive(self, "max_train_steps", "num_epochs", "how long to train")
         if self.overwrite_output_dir and self.resume_from_checkpoint:
             raise ValueError(
                 "overwrite_output_dir deletes what resume_from_checkpoint would go on from; give one of them"
@@ -196,34 +169,11 @@ class TrainingConfig:
             raise ValueError("resume_from_checkpoint hub needs hub_model_id, the repository with the checkpoint")
         if self.max_train_steps and (self.lr_warmup_steps or 0) > self.max_train_steps:
             raise ValueError(
-                f"lr_warmup_steps {self.lr_warmup_steps} is longer than the run of {self.max_train_steps} steps; give fewer"
+                f"lr_warmup_steps {self.lr_warmup_steps} is longer than the run of {self.max_train_steps} steps; "
+                "give fewer"
             )
 
-    def _check_exclusive(self, one: str, other: str, what: str) -> None:
-        given = [name for name in (one, other) if getattr(self, name) is not None]
-        if not given:
-            raise ValueError(f"give --{one} or --{other}: {what}")
-        if len(given) == 2:
-            raise ValueError(
-                f"{one} {getattr(self, one)!r} and {other} {getattr(self, other)!r} both say {what}; give one, and `none` for the other"
-            )
-
-    def data_arguments(self) -> dict[str, Any]:
-        """The arguments of `load_images` for the data of this run."""
-        names = [
-            "dataset_name",
-            "dataset_config_name",
-            "train_data_dir",
-            "split",
-            "image_column",
-            "resolution",
-            "center_crop",
-        ]
-        names += ["random_flip", "channels", "streaming", "cache_dir", "max_train_samples", "max_bad_images", "seed"]
-        label_column = None if self.label_column == "auto" else self.label_column
-        return {**{name: getattr(self, name) for name in names}, "label_column": label_column}
-
-    def total_steps(self, images: int, processes: int) -> int:
+    def total_steps(self, images: int | None, processes: int) -> int:
         """Optimizer steps of the run; `num_epochs` passes over `images` are rounded up to whole steps."""
         if self.max_train_steps is not None:
             return self.max_train_steps
@@ -234,28 +184,13 @@ class TrainingConfig:
         return self.train_batch_size * self.gradient_accumulation_steps * processes
 
 
-@dataclass(kw_only=True)
-class GenerativeTrainingConfig(TrainingConfig):
-    """What trainings of models that draw images share beyond that: how their samples are measured while they train."""
-
-    # Nothing by default: drawing a thousand images costs as much as hundreds of optimizer steps.
-    eval_metrics: tuple[Literal["fd", "kd", "pr", "label_accuracy"], ...] = option(
-        (),
-        "measures of samples at every eval_steps: Frechet and kernel distance, precision and recall, label accuracy",
-        group="evaluation",
-    )
-    # A distance needs more images than the features have dimensions, and its value holds for this number only.
-    eval_num_images: int = option(1000, "images drawn for eval_metrics, by all processes together", at_least=1)
-    eval_features: str = option(
-        "pixels",
-        "network that images are compared in: pixels, inception, trained (a small classifier of the data), or a file, as in hf-diffusion evaluate",
-    )
-    eval_batch_size: int = option(64, "images that a process draws or measures at a time", at_least=1)
-
-    def validate(self) -> None:
-        super().validate()
-        if self.eval_metrics and self.streaming:
-            raise ValueError(
-                "eval_metrics compare with all training images, which a stream does not hold; leave one of the two out, and "
-                "measure the saved pipeline by hf-diffusion evaluate"
-            )
+def check_exclusive(config: Any, one: str, other: str, what: str) -> None:
+    """ValueError unless exactly one of two settings says `what`."""
+    given = [name for name in (one, other) if getattr(config, name) is not None]
+    if not given:
+        raise ValueError(f"give --{one} or --{other}: {what}")
+    if len(given) == 2:
+        raise ValueError(
+            f"{one} {getattr(config, one)!r} and {other} {getattr(config, other)!r} both say {what}; give one, and "
+            "`none` for the other"
+        )

@@ -1,0 +1,199 @@
+"""Groups of options that several training scripts mix into their configuration; each checks its own."""
+
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar, Literal
+
+from hf_diffusion.config.options import option
+from hf_diffusion.config.run_options import check_exclusive
+
+
+@dataclass(kw_only=True)
+class DataOptions:
+    """The data to train on: images, or points of the plane."""
+
+    # The fingerprint of the data ties a checkpoint to them.
+    settings_are_tied: ClassVar[bool] = False
+
+    # A Hub id, or the digits that scikit-learn carries: a first run needs neither a network nor a folder of images.
+    dataset_name: str | None = option(None, "data set on the Hub, or `digits` (8x8, no network needed)", group="data")
+    dataset_config_name: str | None = option(None, "configuration of the data set on the Hub, where it has several")
+    # Exclusive with dataset_name: a folder that silently lost against a Hub id would train on the wrong images.
+    train_data_dir: str | None = option(
+        None, "folder of images (folders in it are classes) or of parquet files, or one .parquet or .zip file"
+    )
+    split: str = option("train", "split of the data set to train on")
+    cache_dir: str | None = option(None, "where downloaded data are kept instead of the cache of datasets")
+    image_column: str | None = option(None, "column that holds the image; none finds it by its type")
+    # The names of the classes come along; whether the network learns classes is a setting of the script.
+    label_column: str = option("auto", "column that holds the class; auto finds it by its type, none takes no classes")
+    # None keeps the size of the data, which for small data sets is what one wants and for mixed sizes is an error that says so.
+    resolution: int | tuple[int, int] | None = option(
+        None, "size of the images, 32 or HEIGHTxWIDTH; none keeps the size of the data", at_least=1
+    )
+    channels: Literal[1, 3, 4] | None = option(None, "channels of the images; none keeps those of the data")
+    # What lies hidden under full transparency is no colour of the image.
+    background: str = option(
+        "white", "colour that transparent images are laid on where channels is not 4, by name or as #rrggbb"
+    )
+    center_crop: bool = option(True, "crop the middle after resizing the shorter side, instead of a crop at random")
+    # Off, since mirrored digits, letters and medical images are wrong images; recipes for photographs turn it on.
+    random_flip: bool = option(False, "mirror half of the images, chosen anew in each epoch")
+    max_train_samples: int | None = option(None, "use only so many images", at_least=1)
+    # A few broken files in a scraped folder are normal; many of them mean that the folder is not what it was taken for.
+    max_bad_images: int = option(
+        100, "stop when more images than this cannot be read; fewer are skipped and counted", at_least=0
+    )
+    streaming: bool = option(False, "read the data set while training instead of downloading and preparing it first")
+
+    def check(self) -> None:
+        """ValueError for settings of the data that contradict each other."""
+        check_exclusive(self, "dataset_name", "train_data_dir", "the data to train on")
+        if self.streaming and self.num_epochs:
+            raise ValueError(
+                "num_epochs needs the number of images, which a stream does not tell; give max_train_steps instead"
+            )
+        if self.dataset_config_name and not self.dataset_name:
+            raise ValueError(
+                f"dataset_config_name {self.dataset_config_name!r} needs dataset_name, the data set that it belongs to"
+            )
+
+    def data_arguments(self) -> dict[str, Any]:
+        """The arguments of `load_data` for the data of this run."""
+        names = [field.name for field in fields(DataOptions)]
+        label_column = None if self.label_column == "auto" else self.label_column
+        return {**{name: getattr(self, name) for name in names}, "label_column": label_column, "seed": self.seed}
+
+
+@dataclass(kw_only=True)
+class ClassOptions:
+    """Whether the network learns the classes of the data."""
+
+    class_conditional: bool = option(
+        False, "learn the classes of the data, so that samples can be asked for by class", group="method"
+    )
+
+    def num_class_embeds(self, data: Any) -> int | None:
+        """How many classes the network knows; ValueError for data without labels, None if it is to know none."""
+        if self.class_conditional and not data.num_classes:
+            raise ValueError(
+                f"class_conditional is set, but {data.name} has no labels; "
+                + (data.why_no_classes or "leave it out, or name the column by --label_column")
+            )
+        return data.num_classes if self.class_conditional else None
+
+
+@dataclass(kw_only=True)
+class MeasureOptions:
+    """What is measured while a generative model trains: samples, and the loss on held-out data."""
+
+    settings_are_tied: ClassVar[bool] = False
+
+    # Nothing by default: drawing a thousand images costs as much as hundreds of optimizer steps.
+    eval_metrics: tuple[Literal["fd", "kd", "pr", "label_accuracy"], ...] = option(
+        (),
+        "measures of samples at every eval_steps: Frechet and kernel distance, precision and recall, label accuracy",
+        group="evaluation",
+    )
+    # A distance needs more images than the features have dimensions, and its value holds for this number only.
+    eval_num_images: int = option(1000, "images drawn for eval_metrics, by all processes together", at_least=1)
+    eval_features: str = option(
+        "pixels",
+        "network that images are compared in: pixels, inception, trained (a small classifier of the data), or a "
+        "file, as in hf-diffusion evaluate",
+    )
+    eval_batch_size: int = option(64, "images that a process draws or measures at a time", at_least=1)
+    # The training loss falls for a model that learns its images by heart, too; this one rises.
+    eval_split: str | None = option(
+        None, "split whose loss is measured at every eval_steps, such as train[90%:] or test"
+    )
+
+    def check(self) -> None:
+        """ValueError for measures that a stream does not allow."""
+        if self.eval_metrics and self.streaming:
+            raise ValueError(
+                "eval_metrics compare with all training images, which a stream does not hold; leave one of the two "
+                "out, and measure the saved pipeline by hf-diffusion evaluate"
+            )
+
+
+@dataclass(kw_only=True)
+class NoiseScheduleOptions:
+    """The Gaussian process of a diffusion model."""
+
+    beta_schedule: Literal["linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid"] = option(
+        "squaredcos_cap_v2", "noise schedule; squaredcos_cap_v2 is the cosine schedule", group="method"
+    )
+    beta_start: float = option(0.0001, "first beta of the linear schedules", above=0, below=1)
+    beta_end: float = option(0.02, "last beta of the linear schedules", above=0, below=1)
+    ddpm_num_steps: int = option(1000, "timesteps of the process, T", at_least=1)
+    rescale_betas_zero_snr: bool = option(False, "end the schedule in pure noise; needs v_prediction or sample")
+
+    def noise_schedule(self) -> dict[str, Any]:
+        """The scheduler's arguments that say what a timestep means."""
+        schedule = {
+            "num_train_timesteps": self.ddpm_num_steps,
+            "beta_schedule": self.beta_schedule,
+            "rescale_betas_zero_snr": self.rescale_betas_zero_snr,
+        }
+        if self.beta_schedule != "squaredcos_cap_v2":
+            schedule |= {"beta_start": self.beta_start, "beta_end": self.beta_end}
+        return schedule
+
+
+@dataclass(kw_only=True)
+class UNetOptions:
+    """The shape of a U-Net, or of its half that classifies."""
+
+    model_channels: int = option(64, "width of the U-Net's first level", at_least=1, group="network")
+    channel_mult: tuple[float, ...] | None = option(
+        None, "width of each level in units of model_channels; none goes by the size", above=0
+    )
+    num_res_blocks: int = option(2, "residual blocks a level", at_least=1)
+    attention_resolutions: tuple[int, ...] | None = option(
+        None, "downsampling factors with attention; none takes the lowest level", at_least=1
+    )
+    num_head_channels: int = option(32, "width of an attention head", at_least=1)
+    norm_num_groups: int = option(32, "groups of the group norms; must divide every width", at_least=1)
+    dropout: float = option(0.0, "dropout in the residual blocks", at_least=0, below=1)
+    # 2x2 pixels become channels at the network's two ends: a quarter of the positions, several times the speed.
+    patch_size: int = option(1, "side of the pixel patches that the network works on", at_least=1)
+
+    def mlp_shape(self, sample_shape: tuple[int, ...]) -> dict[str, Any]:
+        """The arguments of a network for points of a shape (D,): as wide as model_channels, as deep as its blocks."""
+        return {
+            "in_channels": sample_shape[0],
+            "model_channels": self.model_channels,
+            "num_res_blocks": self.num_res_blocks,
+            "dropout": self.dropout,
+        }
+
+    def unet_shape(self, sample_shape: tuple[int, ...]) -> dict[str, Any]:
+        """The arguments of a U-Net for images of a shape (C, H, W)."""
+        channels, *size = sample_shape
+        channel_mult = self.channel_mult or levels_for(min(size) // self.patch_size)
+        lowest = (2 ** (len(channel_mult) - 1),)
+        return {
+            "sample_size": tuple(size),
+            "in_channels": channels,
+            "model_channels": self.model_channels,
+            "channel_mult": channel_mult,
+            "num_res_blocks": self.num_res_blocks,
+            "attention_resolutions": lowest if self.attention_resolutions is None else self.attention_resolutions,
+            "num_head_channels": self.num_head_channels,
+            "norm_num_groups": self.norm_num_groups,
+            "dropout": self.dropout,
+            "patch_size": self.patch_size,
+        }
+
+
+def levels_for(side: int) -> tuple[float, ...]:
+    """Width multipliers for images of so many positions a side: levels down to 4 or 8 positions, as ADM has them."""
+    for smallest, multipliers in (
+        (192, (1, 1, 2, 2, 4, 4)),
+        (96, (1, 1, 2, 3, 4)),
+        (48, (1, 2, 3, 4)),
+        (20, (1, 2, 2)),
+    ):
+        if side >= smallest:
+            return multipliers
+    return (1, 2)
