@@ -1,105 +1,36 @@
-"""From an encoded image (a file or bytes in a table) to integer pixels of one shape, and the draws of augmentation.
+"""From an encoded image (a file or bytes in a table) to integer pixels of one shape.
 
 Letters: C channels, H height, W width.
 """
 
-import functools
 import io
 import os
-import zipfile
-from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+import re
+from typing import Any
 
-import datasets
 import numpy as np
-import torch
 from PIL import ExifTags, Image, ImageOps
 
+from hf_diffusion.data.addresses import Unreadable, read_bytes, shown
+from hf_diffusion.data.errors import BadData, CorruptImage
+from hf_diffusion.data.transforms import PIL_MODES, ImageTransform
 
-PROBED_IMAGES = 64  # enough to meet the rare grey or transparent image of a colour set, decoded in about a second
-PIL_MODES = {1: "L", 3: "RGB", 4: "RGBA"}
-# Pillow converts these to "L", "RGB" and "RGBA" directly; everything else (CMYK, YCbCr, HSV, ...) goes through "RGB"
+
+# Pillow converts these to "L", "RGB" and "RGBA" directly; everything else (CMYK, YCbCr, HSV, ...)
+# goes through "RGB".
 DIRECT_MODES = {"1", "L", "LA", "P", "PA", "RGB", "RGBA"}
-
-
-class CorruptImage(Exception):
-    """One image cannot be decoded; the set as a whole may still be fine."""
-
-
-class BadData(ValueError):
-    """The set cannot be used; raised in one sentence, also in the middle of a run."""
-
-
-@dataclass(frozen=True)
-class ImageTransform:
-    """What every image of a set becomes: (C, H, W) pixels of 8 or 16 bits, resized and cropped or as they are."""
-
-    channels: int
-    size: tuple[int, int]  # (H, W)
-    bits: int
-    resize: bool
-    center_crop: bool
-
-    def describe(self) -> dict[str, Any]:
-        """Return the transform as plain values for a card or a config."""
-        resize = "none, the images have this size"
-        if self.resize:
-            crop = "centre crop" if self.center_crop else "random crop"
-            resize = f"aspect kept, bicubic with antialiasing (Pillow) to cover the target, then {crop}"
-        return {"channels": self.channels, "size": list(self.size), "bits": self.bits, "resize": resize}
-
-    @property
-    def varies(self) -> bool:
-        """Whether the same image gives other pixels in another epoch, so that they cannot be kept."""
-        return self.resize and not self.center_crop
-
-
-class Decoded(NamedTuple):
-    """Rows decoded for a request, in its order."""
-
-    pixels: np.ndarray  # (rows, C, H, W) uint8 or uint16
-    sources: (
-        np.ndarray
-    )  # (rows,) the index whose image each row shows: another than asked where the asked one is corrupt
-    bad: dict[int, str]  # index -> name and reason of the corrupt images met
-    error: str | None  # why the set cannot be used at all
-
-
-def draws(seed: int, epochs: np.ndarray, indices: np.ndarray, purpose: int) -> np.ndarray:
-    """Return one number in [0, 1) for each (epoch, index), a function of (seed, epoch, index, purpose) alone.
-
-    A counter-based generator (the SplitMix64 finalizer, Steele et al. 2014, OOPSLA) instead of a stateful one: the
-    augmentation of an image does not depend on the batch, worker or process that asks for it.
-    """
-    state = np.full(len(indices), (seed * 8 + purpose) & 0xFFFFFFFFFFFFFFFF, dtype=np.uint64)
-    for value in (epochs, indices):
-        state = (state ^ np.asarray(value, dtype=np.int64).astype(np.uint64)) + np.uint64(0x9E3779B97F4A7C15)
-        state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-        state = state ^ (state >> np.uint64(31))
-    return (state >> np.uint64(11)).astype(np.float64) * 2.0**-53
-
-
-@functools.lru_cache(maxsize=4)
-def _zip_archive(path: str, process: int) -> zipfile.ZipFile:
-    # one handle for each process: forked workers that share a file offset read each other's bytes
-    return zipfile.ZipFile(path)
+WITH_ALPHA = ("LA", "PA", "RGBA", "RGBa", "La")
+# Set in `image.info` where Pillow has read 16 bits a channel as 8.
+CUT = "cut to 8 bits"
 
 
 def encoded_bytes(row: dict[str, Any] | None) -> bytes:
-    """Return the file contents of an undecoded `datasets` image ({"bytes", "path"}), from table, file or zip."""
+    """Return the file contents of an undecoded image of `datasets`, {"bytes", "path"}."""
+    if row is None or (row["bytes"] is None and row["path"] is None):
+        raise CorruptImage("no image is stored")
     try:
-        if row is None or (row["bytes"] is None and row["path"] is None):
-            raise CorruptImage("no image is stored")
-        if row["bytes"] is not None:
-            data = row["bytes"]
-        elif row["path"].startswith("zip://") and os.path.isfile(archive := row["path"].split("::", 1)[1]):
-            data = _zip_archive(archive, os.getpid()).read(row["path"].split("::", 1)[0].removeprefix("zip://"))
-        else:
-            with datasets.utils.file_utils.xopen(row["path"], "rb") as file:
-                data = file.read()
-    except (OSError, KeyError, zipfile.BadZipFile) as error:
+        data = row["bytes"] if row["bytes"] is not None else read_bytes(row["path"])
+    except Unreadable as error:
         raise CorruptImage(f"cannot be read: {error}") from error
     if not data:
         raise CorruptImage("the file is empty")
@@ -107,24 +38,42 @@ def encoded_bytes(row: dict[str, Any] | None) -> bytes:
 
 
 def open_image(row: dict[str, Any] | None) -> Image.Image:
-    """Decode the first frame, turned as its EXIF orientation says; CorruptImage if that is impossible."""
+    """Decode the first frame, turned as its EXIF says; CorruptImage if that is impossible."""
     data = encoded_bytes(row)
     try:
         image = Image.open(io.BytesIO(data))
+        # Pillow has no mode of 16 bits for colours; its reader is told to drop the lower ones, as
+        # in "RGB;16B".
+        cut = not image.mode.startswith("I") and any(re.search(";16[BLN]", str(tile[3])) for tile in image.tile)
         image.load()
         if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
             image = ImageOps.exif_transpose(image)
     except MemoryError:
         raise
-    except Exception as error:  # Pillow's readers raise almost any type on broken files
+    # Pillow's readers raise almost any type on broken files.
+    except Exception as error:
         raise CorruptImage(" ".join(str(error).split()) or type(error).__name__) from error
+    if cut:
+        image.info[CUT] = True
     return image
 
 
 def image_name(row: dict[str, Any] | None, index: int) -> str:
     """Return what a person needs to find the image again: its file, if it has one, and its row."""
     path = row["path"] if row else None
-    return f"{path} (row {index})" if path else f"row {index}"
+    return f"{shown(path)} (row {index})" if path else f"row {index}"
+
+
+def brief_name(row: dict[str, Any] | None, index: int) -> str:
+    """The same without the folders, for what is published."""
+    return os.path.basename(image_name(row, index))
+
+
+def has_alpha(image: Image.Image) -> bool:
+    """Whether any pixel is transparent."""
+    if "transparency" in image.info:
+        return image.convert("RGBA").getextrema()[3][0] < 255
+    return image.mode in WITH_ALPHA and image.getextrema()[-1][0] < 255
 
 
 def native_format(image: Image.Image, name: str) -> tuple[int, int]:
@@ -133,40 +82,38 @@ def native_format(image: Image.Image, name: str) -> tuple[int, int]:
         raise BadData(f"{name} has floating-point pixels of unknown range; store images with 8 or 16 bits")
     if image.mode.startswith("I"):
         return 1, 16
-    if image.mode in ("1", "L"):
-        return 1, 8
-    return (4 if image.mode in ("LA", "PA", "RGBA", "RGBa", "La") or "transparency" in image.info else 3), 8
+    if has_alpha(image):
+        return 4, 8
+    return (1 if image.mode in ("1", "L", "LA") else 3), 8
 
 
-def _cover_box(size: tuple[int, int], target: tuple[int, int], crop: tuple[float, float]) -> tuple[float, ...]:
-    """Return the largest (left, top, right, bottom) of the target's shape inside an image of `size` (W, H)."""
-    scale = max(target[0] / size[0], target[1] / size[1])
-    width, height = min(size[0], target[0] / scale), min(size[1], target[1] / scale)
-    left, top = (size[0] - width) * crop[0], (size[1] - height) * crop[1]
-    return left, top, min(size[0], left + width), min(size[1], top + height)
+def deviation(image: Image.Image, transform: ImageTransform) -> str | None:
+    """What of this image the set's format cannot hold, in words; None if it fits."""
+    found = []
+    if transform.channels != 4 and has_alpha(image):
+        found.append(f"transparency is laid on {transform.background}")
+    if transform.bits == 8 and image.mode.startswith("I"):
+        found.append("16 bits become 8")
+    if image.info.get(CUT):
+        found.append("16 bits a channel are read as 8")
+    if transform.channels == 1 and image.mode not in ("1", "L", "LA") and not image.mode.startswith("I"):
+        found.append("colours become grey")
+    return " and ".join(found) or None
 
 
 def to_pixels(
     image: Image.Image, transform: ImageTransform, name: str, crop: tuple[float, float] = (0.5, 0.5)
 ) -> np.ndarray:
-    """Return (C, H, W) uint8 or uint16 pixels; `crop` in [0, 1] is the place of the crop along x and y.
+    """Return (C, H, W) uint8 or uint16 pixels; `crop` in [0, 1] is its place along x and y.
 
-    Grey becomes colour by repetition, colour grey by ITU-R 601 luma; alpha is dropped unless C = 4 (255 where absent).
-    BadData if the image has another size and the transform does not resize.
+    Grey becomes colour by repetition, colour grey by ITU-R 601 luma. Alpha is laid on the
+    background unless C = 4, where it is kept (255 where absent) and the colour of a fully
+    transparent pixel is that of the background. BadData if the image has another size and the
+    transform does not resize.
     """
-    height, width = transform.size
+    width, height = transform.size[::-1]
     wide = native_format(image, name)[1] == 16
-    if wide:
-        values = np.asarray(image).astype(np.float32)
-        if values.min() < 0 or values.max() > 65535:
-            raise BadData(f"{name} has 32-bit pixels outside 0..65535; store images with 8 or 16 bits")
-        image = Image.fromarray(values)  # Pillow resizes 32-bit floats with antialiasing, 16-bit modes not reliably
-    elif image.mode != PIL_MODES[transform.channels]:
-        try:
-            image = image if image.mode in DIRECT_MODES else image.convert("RGB")
-            image = image.convert(PIL_MODES[transform.channels])
-        except ValueError as error:
-            raise CorruptImage(str(error)) from error
+    image = _in_levels(image, transform, name) if wide else _in_mode(image, transform)
     if image.size != (width, height):
         if not transform.resize:
             raise BadData(
@@ -174,123 +121,58 @@ def to_pixels(
                 "pass --resolution to bring all images to one size"
             )
         box = _cover_box(image.size, (width, height), crop)
-        # cropping inside resize: one pass, no intermediate rounding; Pillow widens the filter when it shrinks
+        # cropping inside resize: one pass, no intermediate rounding; Pillow widens the filter when
+        # it shrinks
         image = image.resize((width, height), Image.Resampling.BICUBIC, box=box)
     pixels = np.asarray(image)
     if wide:
         pixels = np.rint(pixels.clip(0, 65535) / (1 if transform.bits == 16 else 257))
         pixels = pixels.astype(np.uint16 if transform.bits == 16 else np.uint8)
     elif transform.bits == 16:
-        pixels = pixels.astype(np.uint16) * 257  # 255 * 257 = 65535
+        # 255 * 257 = 65535
+        pixels = pixels.astype(np.uint16) * 257
     if pixels.ndim == 2:
         pixels = np.repeat(pixels[..., None], min(transform.channels, 3), axis=-1)
     if pixels.shape[-1] < transform.channels:
         opaque = np.full_like(pixels[..., :1], np.iinfo(pixels.dtype).max)
         pixels = np.concatenate([pixels, opaque], axis=-1)
+    elif transform.channels == 4 and not pixels[..., 3].all():
+        hidden = pixels[..., 3:] == 0
+        colour = np.array(transform.background_colour, pixels.dtype) * (257 if transform.bits == 16 else 1)
+        pixels = np.concatenate([np.where(hidden, colour, pixels[..., :3]), pixels[..., 3:]], axis=-1)
     return pixels.transpose(2, 0, 1)
 
 
-def to_network_range(pixels: np.ndarray) -> torch.Tensor:
-    """Return uint8 or uint16 pixels as float32 in [-1, 1]; 0 is -1 and the largest value is 1."""
-    half = np.iinfo(pixels.dtype).max / 2
-    return torch.from_numpy(pixels.astype(np.float32)).div_(half).sub_(1)
-
-
-def from_network_range(images: torch.Tensor) -> torch.Tensor:
-    """Return images in [-1, 1] as uint8, rounded to the nearest and clamped; undoes `to_network_range` of 8-bit pixels exactly."""
-    return ((images.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
-
-
-def too_many_bad(bad: dict[int, str], limit: int) -> BadData:
-    """Return the error for more than `limit` corrupt images, naming the first few."""
-    named = "; ".join(list(bad.values())[:5])
-    return BadData(f"more than max_bad_images={limit} images cannot be decoded: {named}; repair or remove them")
-
-
-def choose_transform(
-    rows: Iterable[tuple[int, dict[str, Any] | None]],
-    resolution: tuple[int, int] | None,
-    channels: int | None,
-    center_crop: bool,
-    max_bad_images: int,
-) -> tuple[ImageTransform, dict[int, str], list[str]]:
-    """Choose channels, bits and size from the first rows; return the transform, the corrupt rows met and remarks.
-
-    Reads PROBED_IMAGES rows, and more only while none of them could be decoded. Where channels or bits are mixed the
-    most general wins. ValueError if sizes differ and no resolution is given, or if nothing can be decoded.
-    """
-    sizes, formats, modes, bad, animated = {}, [], set(), {}, None
-    for count, (index, row) in enumerate(rows):
-        if count >= PROBED_IMAGES and sizes:
-            break
-        try:
-            image = open_image(row)
-        except CorruptImage as error:
-            bad[index] = f"{image_name(row, index)}: {error}"
-            if len(bad) > max_bad_images:
-                raise too_many_bad(bad, max_bad_images) from error
-            continue
-        formats.append(native_format(image, image_name(row, index)))
-        sizes.setdefault((image.height, image.width), image_name(row, index))
-        modes.add(image.mode)
-        if (frames := getattr(image, "n_frames", 1)) > 1:
-            animated = animated or f"of {image_name(row, index)} only the first of its {frames} frames is used"
-    if not sizes:
-        raise ValueError(f"no image can be decoded: {'; '.join(list(bad.values())[:5]) or 'the data set is empty'}")
-    if resolution is None and len(sizes) > 1:
-        (first, first_name), (other, other_name) = list(sizes.items())[:2]
-        raise ValueError(
-            f"images differ in size: {first_name} is {first[0]}x{first[1]} (HxW), {other_name} is "
-            f"{other[0]}x{other[1]}; pass --resolution to bring all images to one size"
+def _in_levels(image: Image.Image, transform: ImageTransform, name: str) -> Image.Image:
+    """An image of 16 or 32 bits as floats in 0..65535, of which 65535 is the set's own white."""
+    values = np.asarray(image).astype(np.float32)
+    if values.min() < 0 or values.max() > 65535:
+        raise BadData(f"{name} has 32-bit pixels outside 0..65535; store images with 8 or 16 bits")
+    if values.max() > transform.white:
+        raise CorruptImage(
+            f"has the value {values.max():.0f}, and 0..{transform.white} is the range of the first images of the set"
         )
-    chosen = channels or max(found for found, _ in formats)
-    bits = max(bits for _, bits in formats)
-    transform = ImageTransform(chosen, resolution or next(iter(sizes)), bits, resolution is not None, center_crop)
-    remarks = [animated] if animated else []
-    if any((found, depth) != (chosen, bits) for found, depth in formats):
-        remarks.append(f"images of modes {sorted(modes)} are brought to {chosen} channels of {bits} bits")
-    return transform, bad, remarks
+    # Pillow resizes 32-bit floats with antialiasing, 16-bit modes not reliably.
+    return Image.fromarray(values if transform.white == 65535 else values * np.float32(65535 / transform.white))
 
 
-class RowDecoder:
-    """Decodes rows of a map-style data set; what a DataLoader worker holds, free of state.
+def _in_mode(image: Image.Image, transform: ImageTransform) -> Image.Image:
+    """An image of 8 bits in the mode of the transform, without hidden colours."""
+    try:
+        if transform.channels != 4 and has_alpha(image):
+            below = Image.new("RGBA", image.size, (*transform.background_colour, 255))
+            image = Image.alpha_composite(below, image.convert("RGBA")).convert("RGB")
+        if image.mode == PIL_MODES[transform.channels]:
+            return image
+        image = image if image.mode in DIRECT_MODES else image.convert("RGB")
+        return image.convert(PIL_MODES[transform.channels])
+    except ValueError as error:
+        raise CorruptImage(str(error)) from error
 
-    A corrupt image is replaced by the next good one (index + 1, + 2, ..., wrapping round), whoever asks for it.
-    """
 
-    def __init__(
-        self, dataset: datasets.Dataset, column: str, transform: ImageTransform, seed: int, max_bad_images: int
-    ):
-        self.dataset, self.column, self.transform = dataset, column, transform
-        self.seed, self.max_bad_images = seed, max_bad_images
-
-    def __len__(self) -> int:
-        return len(self.dataset)
-
-    def __getitems__(self, request: list[tuple[int, int]]) -> Decoded:
-        """Decode a list of (epoch, index); the name is the one by which torch's DataLoader asks for whole batches."""
-        dtype = np.uint8 if self.transform.bits == 8 else np.uint16
-        pixels = np.empty((len(request), self.transform.channels, *self.transform.size), dtype)
-        sources = np.empty(len(request), np.int64)
-        bad: dict[int, str] = {}
-        rows = self.dataset[[int(index) for _, index in request]][self.column] if request else []
-        crops = [(0.5, 0.5)] * len(request)
-        if self.transform.varies and request:
-            epochs, indices = np.asarray(request).T
-            crops = list(zip(*(draws(self.seed, epochs, indices, purpose).tolist() for purpose in (1, 2))))
-        for place, ((_, asked), row) in enumerate(zip(request, rows)):
-            for index in ((int(asked) + offset) % len(self) for offset in range(len(self))):
-                row = row if index == asked else self.dataset[index][self.column]
-                try:
-                    pixels[place] = to_pixels(open_image(row), self.transform, image_name(row, index), crops[place])
-                    sources[place] = index
-                    break
-                except CorruptImage as error:
-                    bad[index] = f"{image_name(row, index)}: {error}"
-                    if len(bad) > self.max_bad_images:
-                        return Decoded(pixels, sources, bad, str(too_many_bad(bad, self.max_bad_images)))
-                except ValueError as error:
-                    return Decoded(pixels, sources, bad, str(error))
-            else:
-                return Decoded(pixels, sources, bad, f"no image can be decoded: {'; '.join(list(bad.values())[:5])}")
-        return Decoded(pixels, sources, bad, None)
+def _cover_box(size: tuple[int, int], target: tuple[int, int], crop: tuple[float, float]) -> tuple[float, ...]:
+    """Return the largest (left, top, right, bottom) of the target's shape in an image (W, H)."""
+    scale = max(target[0] / size[0], target[1] / size[1])
+    width, height = min(size[0], target[0] / scale), min(size[1], target[1] / scale)
+    left, top = (size[0] - width) * crop[0], (size[1] - height) * crop[1]
+    return left, top, min(size[0], left + width), min(size[1], top + height)

@@ -4,7 +4,7 @@ import hashlib
 import itertools
 import logging
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -13,35 +13,37 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hf_diffusion.data.decoding import (
-    BadData,
-    CorruptImage,
-    ImageTransform,
-    draws,
-    encoded_bytes,
-    image_name,
-    open_image,
-    to_network_range,
-    to_pixels,
-    too_many_bad,
-)
-from hf_diffusion.data.sources import check_label
+from hf_diffusion.data.augmentation import CROP_X, CROP_Y, FLIP, draws
+from hf_diffusion.data.columns import check_label
+from hf_diffusion.data.decoding import deviation, encoded_bytes, image_name, open_image, to_pixels
+from hf_diffusion.data.errors import BadData, CorruptImage, too_many_bad
+from hf_diffusion.data.pixels import image_samples, to_network_range
+from hf_diffusion.data.protocol import Batch, TrainingData, pinned
+from hf_diffusion.data.transforms import ImageTransform
+from hf_diffusion.figures.grid import labelled_grid
+from hf_diffusion.randomness import BatchOrder
 
 
 logger = logging.getLogger(__name__)
 
 
-class StreamingImageData:
+class StreamingImageData(TrainingData):
     """An endless shuffled stream of images, the same for any number of processes.
 
-    Every process reads the whole stream and decodes only its own rows, so that the order does not depend on their
-    number: with W processes the set is read W times. Order is shuffled through a buffer seeded by (seed, epoch). A
-    corrupt image is replaced by the next good one of the stream (which is then seen twice).
+    Every process reads the whole stream and decodes only its own rows, so that the order does not
+    depend on their number. With W processes the set is read W times. Order is shuffled through a
+    buffer seeded by (seed, epoch). A corrupt image is replaced by the next good one of the stream,
+    which is then seen twice.
 
-    Attributes: `channels`, `size` (H, W), `class_names` (None without labels), `num_classes`, `name`, `fingerprint`
-    (of the first rows and the transform), `skipped` (corrupt images met by this process) and `epoch_length`, which is None
-    until a whole epoch has been read.
+    Beside what all data have: `channels`, `size` (H, W), `skipped` (corrupt images met by this
+    process) and `epoch_length`, which is None until a whole epoch has been read. `fingerprint` is
+    of the first rows and the transform.
     """
+
+    kind = "images"
+    num_samples = None
+    picture = staticmethod(labelled_grid)
+    to_samples = staticmethod(image_samples)
 
     def __init__(
         self,
@@ -59,12 +61,13 @@ class StreamingImageData:
         facts: dict[str, Any],
     ):
         self.transform, self.channels, self.size = transform, transform.channels, transform.size
-        self.name, self.class_names = name, class_names
-        self.num_classes = len(class_names) if class_names else None
+        self.name, self.class_names, self.sample_shape = name, class_names, (transform.channels, *transform.size)
         self.epoch_length: int | None = None
         self._dataset, self._image_column, self._label_column = dataset, image_column, label_column
         self._random_flip, self._seed, self._max_bad_images = random_flip, seed, max_bad_images
         self._shuffle_buffer, self._facts, self._bad = shuffle_buffer, facts, {}
+        # Whether an image was met whose format the set's cannot hold.
+        self._altered = False
         self.fingerprint = self._hash()
 
     @property
@@ -76,6 +79,7 @@ class StreamingImageData:
         """Return what a config or a card records about the data."""
         return {
             "name": self.name,
+            "kind": self.kind,
             "streaming": True,
             "shuffle_buffer": self._shuffle_buffer,
             "images": self.epoch_length,
@@ -87,15 +91,41 @@ class StreamingImageData:
             "fingerprint": self.fingerprint,
         }
 
+    def form(self) -> dict[str, Any]:
+        return self.transform.form()
+
+    def fetch(self, indices: Sequence[int], epoch: int | Sequence[int]) -> Batch:
+        """TypeError: the images of a stream have no numbers to ask for them by."""
+        raise TypeError(f"{self.name} is streamed and cannot be read by index; load it with streaming=False")
+
+    def batches(
+        self, order: BatchOrder, start_step: int, total_steps: int, num_workers: int = 0, pin_memory: bool = False
+    ) -> Iterator[Batch]:
+        """Yield this process's micro-batches; the stream counts its own way to their place."""
+        position = start_step * order.total
+        micro_batches = self.stream(position, order.rank, order.processes, order.batch_size, num_workers)
+        for batch in itertools.islice(micro_batches, (total_steps - start_step) * order.accumulation):
+            yield pinned(batch, pin_memory)
+
+    def once(self, batch_size: int, limit: int | None = None, num_workers: int = 0) -> Iterator[Batch]:
+        seen = 0
+        for batch in self.stream(0, batch_size=batch_size, num_workers=num_workers):
+            # The length is known once the stream has begun anew.
+            left = min(number for number in (self.epoch_length, limit, seen + batch_size) if number) - seen
+            if left <= 0:
+                return
+            seen += batch_size
+            yield {name: values[:left] for name, values in batch.items()}
+
     def stream(
         self, start_position: int, rank: int = 0, world: int = 1, batch_size: int = 1, num_workers: int = 0
     ) -> Iterator[dict[str, Tensor]]:
-        """Yield batches as `ImageData.fetch` returns them, endlessly; "indices" are positions in the global stream.
+        """Yield batches endlessly; their "indices" are positions in the global stream.
 
-        Batch k of this process holds the positions start_position + (k * world + rank) * batch_size + 0, 1, ...
-        Resuming reads and discards the rows before `start_position` without decoding them, and one whole epoch
-        if the start lies beyond the first and `epoch_length` is not known. `num_workers` > 0 threads decode, with
-        one more reading ahead.
+        Batch k of this process holds the positions start_position + (k * world + rank) * batch_size
+        + 0, 1, ... Resuming reads and discards the rows before `start_position` without decoding
+        them, and one whole epoch if the start lies beyond the first and `epoch_length` is not
+        known. `num_workers` > 0 threads decode, with one more reading ahead.
         """
         if not 0 <= rank < world or batch_size < 1 or start_position < 0:
             raise ValueError(
@@ -135,15 +165,21 @@ class StreamingImageData:
             position += world * batch_size
 
     def _decode(self, entry: tuple[int, int, dict]) -> np.ndarray | str:
-        """Return the pixels, flipped as (seed, epoch, place) says, or the reason why there are none."""
+        """Return the pixels, flipped as (seed, epoch, place) says, or why there are none."""
         epoch, place, row = entry
-        flip, *crop = (draws(self._seed, np.array([epoch]), np.array([place]), purpose)[0] for purpose in range(3))
+        here = np.array([epoch]), np.array([place])
+        flip, *crop = (draws(self._seed, *here, purpose)[0] for purpose in (FLIP, CROP_X, CROP_Y))
         crop = tuple(crop) if self.transform.varies else (0.5, 0.5)
         encoded = row[self._image_column]
+        name = f"{image_name(encoded, place)} of the shuffled epoch {epoch}"
         try:
-            pixels = to_pixels(open_image(encoded), self.transform, image_name(encoded, place), crop)
+            image = open_image(encoded)
+            pixels = to_pixels(image, self.transform, name, crop)
         except CorruptImage as error:
-            return f"{image_name(encoded, place)} of the shuffled epoch {epoch}: {error}"
+            return f"{name}: {error}"
+        if not self._altered and (change := deviation(image, self.transform)):
+            self._altered = True
+            logger.warning("%s: %s (there may be more)", name, change)
         return pixels[..., ::-1] if self._random_flip and flip < 0.5 else pixels
 
     def _record(self, entry: tuple[int, int, dict], reason: str) -> None:
@@ -159,7 +195,7 @@ class StreamingImageData:
 
     def _collate(self, decoded: list[np.ndarray], chosen: list[tuple], first: int) -> dict[str, Tensor]:
         batch = {
-            "pixels": to_network_range(np.stack(decoded)),
+            "x_0": to_network_range(np.stack(decoded)),
             "indices": torch.arange(first, first + len(decoded)),
         }
         if self.class_names is not None:
@@ -187,7 +223,7 @@ class StreamingImageData:
             epoch, skip = epoch + 1, max(0, skip - self.epoch_length)
 
     def _hash(self) -> str:
-        digest = hashlib.sha256(repr((self.transform, self._random_flip, self.class_names)).encode())
+        digest = hashlib.sha256(f"({self.transform.identity}, {self._random_flip}, {self.class_names!r})".encode())
         for row in self._dataset.take(16):
             try:
                 digest.update(encoded_bytes(row[self._image_column]))

@@ -1,0 +1,93 @@
+"""What files beside images say of them: metadata.csv, .jsonl, .parquet, dataset.json, *.cls."""
+
+import csv
+import io
+import json
+import os
+import posixpath
+from collections.abc import Sequence
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from hf_diffusion.data.addresses import read_bytes, shown
+from hf_diffusion.data.listing import METADATA, Listing, counted
+
+
+def read_metadata(listing: Listing, images: Sequence[str], folder: str) -> tuple[dict[str, list], list[str]]:
+    """Columns of the images, a value or None for each, and remarks; images lie below `folder`.
+
+    ValueError in one sentence for a file that cannot be read, or that names no image.
+    """
+    columns: dict[str, list] = {}
+    remarks: list[str] = []
+    places = {name: place for place, name in enumerate(images)}
+    for name in listing.others:
+        own = posixpath.dirname(name) + "/" if "/" in name else ""
+        if posixpath.basename(name) not in METADATA or not (name.startswith(folder) or folder.startswith(own)):
+            continue
+        rows = _rows(listing.addresses[name], posixpath.basename(name))
+        missing, found = [], 0
+        for row in rows:
+            file = row.pop("file_name")
+            place = places.get(posixpath.normpath(posixpath.join(posixpath.dirname(name), file)))
+            if place is None:
+                missing.append(file)
+                continue
+            found += 1
+            for key, value in row.items():
+                columns.setdefault(key, [None] * len(images))[place] = value
+        if rows and not found and own == folder:
+            raise ValueError(f"{shown(listing.addresses[name])} names no image that is there, such as {missing[0]!r}")
+        if missing and found:
+            remarks.append(f"{name} names {counted(missing, 'file')} that are not there")
+    remarks += _add_sidecars(listing, images, columns)
+    return {name: _typed(values) for name, values in columns.items()}, remarks
+
+
+def _rows(address: str, name: str) -> list[dict[str, Any]]:
+    """The rows, each with "file_name"; ValueError names the file."""
+    try:
+        data = read_bytes(address)
+        if name.endswith(".parquet"):
+            rows = pq.read_table(io.BytesIO(data)).to_pylist()
+        elif name.endswith(".csv"):
+            rows = list(csv.DictReader(io.StringIO(data.decode("utf-8-sig"))))
+        elif name.endswith(".jsonl"):
+            rows = [json.loads(line) for line in data.decode("utf-8").splitlines() if line.strip()]
+        else:
+            # StyleGAN's and EDM's dataset_tool: a list of [name, class], or null.
+            labels = (json.loads(data) or {}).get("labels") or []
+            rows = [{"file_name": name, "label": label} for name, label in labels]
+        rows = [dict(row) for row in rows]
+    except (OSError, ValueError, TypeError, AttributeError, csv.Error, pa.ArrowInvalid) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{shown(address)} cannot be read: {reason[:200]}; repair or remove it") from error
+    if any(not isinstance(row.get("file_name"), str) for row in rows):
+        raise ValueError(f"{shown(address)} needs a column file_name with the name of an image in every row")
+    return rows
+
+
+def _add_sidecars(listing: Listing, images: Sequence[str], columns: dict[str, list]) -> list[str]:
+    """Add the labels of .cls files, as webdatasets have them: one beside each image."""
+    by_stem = {os.path.splitext(name)[0]: name for name in listing.others if name.lower().endswith(".cls")}
+    if not by_stem:
+        return []
+    # The key of a webdataset ends at the first dot of the file's name.
+    stems = [posixpath.join(posixpath.dirname(n), posixpath.basename(n).split(".")[0]) for n in images]
+    without = [name for name, stem in zip(images, stems) if stem not in by_stem]
+    if without:
+        return [f"no classes: {counted(without, 'image')} without a .cls file"]
+    if "label" not in columns:
+        read = (read_bytes(listing.addresses[by_stem[stem]]) for stem in stems)
+        columns["label"] = [data.decode("utf-8", "replace").strip() for data in read]
+    return []
+
+
+def _typed(values: list) -> list:
+    """Numbers written as text, as a .csv has them, become integers."""
+    texts = [value for value in values if value is not None]
+    if texts and all(isinstance(v, str) and v.strip().lstrip("-").isdigit() for v in texts):
+        return [None if value is None else int(value) for value in values]
+    return values
