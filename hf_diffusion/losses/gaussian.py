@@ -1,11 +1,12 @@
 """Objectives of Gaussian diffusion: simple, weighted, hybrid and variational.
 
-Sources: DDPM (arXiv:2006.11239), improved DDPM (arXiv:2102.09672), min-SNR (arXiv:2303.09556), P2 (arXiv:2204.00227).
+Sources: DDPM (arXiv:2006.11239), improved DDPM (arXiv:2102.09672), min-SNR (arXiv:2303.09556), P2
+(arXiv:2204.00227).
 
-Every objective takes the scheduler as its first argument and returns one value a sample, shape (B,), the mean over all
-other dimensions, so that it serves images, sequences and batches of points (B, D) alike. Batch is dimension 0,
-channels are dimension 1; t is int64 (B,), 0 is the least noisy timestep. Half precision is widened to float32 before
-anything else.
+Every objective takes the scheduler as its first argument and returns one value a sample, shape
+(B,), the mean over all other dimensions, so that it serves images, sequences and batches of points
+(B, D) alike. Batch is dimension 0, channels are dimension 1; t is int64 (B,), 0 is the least noisy
+timestep. Half precision is widened to float32 before anything else.
 """
 
 import math
@@ -14,12 +15,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from hf_diffusion.schedulers.scheduling_gaussian import LEARNED, PREDICTION_TYPES, GaussianScheduler
 
-LEARNED_VARIANCES = ("learned", "learned_range")
 
-
-def prediction_target(scheduler, x_0: Tensor, x_t: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-    """What the network is asked to output for `scheduler.config.prediction_type`; the same shape as x_0."""
+def prediction_target(scheduler: GaussianScheduler, x_0: Tensor, x_t: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+    """What the network is asked to output for the scheduler's `prediction_type`, shaped as x_0."""
     match scheduler.config.prediction_type:
         case "epsilon":
             return noise
@@ -32,20 +32,23 @@ def prediction_target(scheduler, x_0: Tensor, x_t: Tensor, noise: Tensor, t: Ten
     raise _unknown_prediction_type(scheduler)
 
 
-def simple_loss(scheduler, model_output: Tensor, x_0: Tensor, x_t: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-    """Mean squared error to the prediction target (B,), Eq. 14 of DDPM; variance channels are left out."""
+def simple_loss(
+    scheduler: GaussianScheduler, model_output: Tensor, x_0: Tensor, x_t: Tensor, noise: Tensor, t: Tensor
+) -> Tensor:
+    """Mean squared error to the prediction target (B,), Eq. 14 of DDPM, without the variance."""
     prediction, _ = split_variance(scheduler, _widen(model_output), x_0)
     x_0, x_t, noise = _widen(x_0), _widen(x_t), _widen(noise)
     return mean_per_sample((prediction - prediction_target(scheduler, x_0, x_t, noise, t)) ** 2)
 
 
-def mean_loss(scheduler, model_output: Tensor, x_0: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
-    """Squared distance of the means over twice the variance (B,), nats a dimension: the terms of Eq. 8 of DDPM.
+def mean_loss(scheduler: GaussianScheduler, model_output: Tensor, x_0: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
+    """Squared distance of the means over twice the variance (B,), nats a dimension: the terms of
+    Eq. 8 of DDPM.
 
-    It is the bound without its constants, so it needs a fixed variance; `vlb_loss` and `hybrid_loss` learn the
-    variance.
+    It is the bound without its constants, so it needs a fixed variance; `vlb_loss` and
+    `hybrid_loss` learn the variance.
     """
-    if scheduler.config.variance_type in LEARNED_VARIANCES:
+    if scheduler.config.variance_type in LEARNED:
         raise ValueError(
             f"mean_loss is for fixed variances, not variance_type={scheduler.config.variance_type!r}: with a free "
             "variance it has no minimum; choose 'fixed_small' or 'fixed_large', or take hybrid_loss"
@@ -57,7 +60,7 @@ def mean_loss(scheduler, model_output: Tensor, x_0: Tensor, x_t: Tensor, t: Tens
 
 
 class VariationalTerms(NamedTuple):
-    """Terms of the bound at one timestep a sample, and the prediction of x_0 that they came from."""
+    """Terms of the bound at one timestep a sample, and the prediction of x_0 behind them."""
 
     bits: Tensor  # (B,) the term of the bound: decoder_bits at the last denoising step, else kl_bits
     kl_bits: Tensor  # (B,) KL(q(x_s | x_t, x_0) || p(x_s | x_t)), bits a dimension
@@ -66,12 +69,14 @@ class VariationalTerms(NamedTuple):
 
 
 def vb_terms_bits(
-    scheduler, model_output: Tensor, x_0: Tensor, x_t: Tensor, t: Tensor, clip: bool = True
+    scheduler: GaussianScheduler, model_output: Tensor, x_0: Tensor, x_t: Tensor, t: Tensor, clip: bool = True
 ) -> VariationalTerms:
-    """One term of the variational bound a sample, bits a dimension (Eq. 5 of DDPM), for the scheduler's current run.
+    """One term of the variational bound a sample, bits a dimension (Eq. 5 of DDPM), for the
+    scheduler's current run.
 
-    x_0 lies on the lattice k / 127.5 - 1. `clip` clamps the predicted x_0 to the scheduler's range: True to measure,
-    False to train, as in the reference, where a clamped prediction would have no gradient.
+    x_0 lies on the lattice k / 127.5 - 1. `clip` clamps the predicted x_0 to the scheduler's range:
+    True to measure, False to train, as in the reference, where a clamped prediction would have no
+    gradient.
     """
     model_output, x_0, x_t = _widen(model_output), _widen(x_0), _widen(x_t)
     previous = scheduler.previous_timestep(t)
@@ -85,29 +90,30 @@ def vb_terms_bits(
     return VariationalTerms(torch.where(previous < 0, decoder, kl), kl, decoder, denoised)
 
 
-def vlb_loss(scheduler, model_output: Tensor, x_0: Tensor, x_t: Tensor, t: Tensor, rescaled: bool = True) -> Tensor:
+def vlb_loss(
+    scheduler: GaussianScheduler, model_output: Tensor, x_0: Tensor, x_t: Tensor, t: Tensor, rescaled: bool = True
+) -> Tensor:
     """The variational bound as a loss (B,), bits a dimension.
 
-    `rescaled` multiplies by the number of timesteps, so that the mean over uniformly drawn t estimates the whole
-    bound.
+    `rescaled` multiplies by the number of timesteps, so that the mean over uniformly drawn t
+    estimates the whole bound.
     """
     bits = vb_terms_bits(scheduler, model_output, x_0, x_t, t, clip=False).bits
     return bits * len(scheduler.timesteps) if rescaled else bits
 
 
-def variance_loss(scheduler, model_output: Tensor, x_0: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
-    """`vlb_loss` with the gradient stopped at the mean (B,): what trains a learned variance in `hybrid_loss`."""
+def variance_loss(scheduler: GaussianScheduler, model_output: Tensor, x_0: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
+    """`vlb_loss` (B,) with the gradient stopped at the mean: it trains a learned variance."""
     prediction, variance_channels = split_variance(scheduler, _widen(model_output), x_0)
     if variance_channels is None:
         raise ValueError(
-            f"variance_type={scheduler.config.variance_type!r} has no variance to learn; "
-            f"choose from {LEARNED_VARIANCES}"
+            f"variance_type={scheduler.config.variance_type!r} has no variance to learn; choose from {LEARNED}"
         )
     return vlb_loss(scheduler, torch.cat([prediction.detach(), variance_channels], dim=1), x_0, x_t, t)
 
 
 def hybrid_loss(
-    scheduler,
+    scheduler: GaussianScheduler,
     model_output: Tensor,
     x_0: Tensor,
     x_t: Tensor,
@@ -118,22 +124,23 @@ def hybrid_loss(
 ) -> Tensor:
     """L_simple + lambda * L_vlb (B,), Eq. 16 of improved DDPM; the mean learns from L_simple alone.
 
-    `simple_weight` is a factor (B,) on L_simple, see `loss_weight`. The reference's RESCALED_MSE is vlb_weight =
-    0.001, its MSE is vlb_weight = 1 / number of timesteps; both add bits to a unitless error.
+    `simple_weight` is a factor (B,) on L_simple, see `loss_weight`. The reference's RESCALED_MSE is
+    vlb_weight = 0.001, its MSE is vlb_weight = 1 / number of timesteps; both add bits to a unitless
+    error.
     """
     simple = simple_loss(scheduler, model_output, x_0, x_t, noise, t)
     return simple_weight * simple + vlb_weight * variance_loss(scheduler, model_output, x_0, x_t, t)
 
 
 def loss_weight(
-    scheduler,
+    scheduler: GaussianScheduler,
     t: Tensor,
     weighting: str = "uniform",
     min_snr_gamma: float = 5.0,
     p2_gamma: float = 1.0,
     p2_k: float = 1.0,
 ) -> Tensor:
-    """Factor (B,) float32 on `simple_loss` for the weighting "uniform", "min_snr" or "p2"; int64 t (B,)."""
+    """Factor (B,) on `simple_loss` for the weighting "uniform", "min_snr" or "p2", float32."""
     match weighting:
         case "uniform":
             return torch.ones(t.shape, device=t.device)
@@ -144,11 +151,12 @@ def loss_weight(
     raise ValueError(f"unknown loss weighting {weighting!r}; choose from ['min_snr', 'p2', 'uniform']")
 
 
-def min_snr_weight(scheduler, t: Tensor, gamma: float = 5.0) -> Tensor:
-    """min(SNR, gamma) on the error of x_0, Sec. 3.4 of arXiv:2303.09556, as a factor (B,) on the error of the target.
+def min_snr_weight(scheduler: GaussianScheduler, t: Tensor, gamma: float = 5.0) -> Tensor:
+    """min(SNR, gamma) on the error of x_0, Sec. 3.4 of arXiv:2303.09556, as a factor (B,) on the
+    error of the target.
 
-    That is min(SNR, gamma) / SNR for epsilon and min(SNR, gamma) / (SNR + 1) for v. Written in alpha_bar rather than
-    SNR, so it is finite at zero terminal SNR and without noise.
+    That is min(SNR, gamma) / SNR for epsilon and min(SNR, gamma) / (SNR + 1) for v. Written in
+    alpha_bar rather than SNR, so it is finite at zero terminal SNR and without noise.
     """
     if not gamma > 0:
         raise ValueError(f"min_snr_gamma={gamma} must be positive; 5 is the paper's value")
@@ -167,8 +175,8 @@ def min_snr_weight(scheduler, t: Tensor, gamma: float = 5.0) -> Tensor:
     return weights.float().to(t.device)[t]
 
 
-def p2_weight(scheduler, t: Tensor, gamma: float = 1.0, k: float = 1.0) -> Tensor:
-    """1 / (k + SNR)^gamma on the error of epsilon (arXiv:2204.00227), as a factor (B,) on the error of the target."""
+def p2_weight(scheduler: GaussianScheduler, t: Tensor, gamma: float = 1.0, k: float = 1.0) -> Tensor:
+    """1 / (k + SNR)^gamma on the error of epsilon (arXiv:2204.00227), for that of the target."""
     if not (k > 0 and gamma >= 0):
         raise ValueError(
             f"p2_k={k} must be positive and p2_gamma={gamma} not negative; the paper takes 1 and 0.5 or 1"
@@ -190,22 +198,25 @@ def p2_weight(scheduler, t: Tensor, gamma: float = 1.0, k: float = 1.0) -> Tenso
 
 
 def normal_kl(mean1: Tensor, log_variance1: Tensor, mean2: Tensor, log_variance2: Tensor) -> Tensor:
-    """KL(N(mean1, e^log_variance1) || N(mean2, e^log_variance2)) of each element in nats; all four broadcast."""
+    """KL(N(mean1, e^log_variance1) || N(mean2, e^log_variance2)) of each element, in nats."""
     distance = (mean1 - mean2) ** 2 * torch.exp(-log_variance2)
     return 0.5 * (-1 + log_variance2 - log_variance1 + torch.exp(log_variance1 - log_variance2) + distance)
 
 
 def approx_standard_normal_cdf(z: Tensor) -> Tensor:
-    """CDF of the standard normal by the tanh formula of the references; within 4e-4 of the erf form."""
-    # The tanh is +-1 to the last bit long before 20; without the clamp z^3 overflows and has a gradient of NaN.
+    """CDF of the standard normal by the references' tanh formula, within 4e-4 of the erf form."""
+    # The tanh is +-1 to the last bit long before 20; without the clamp z^3 overflows and has a
+    # gradient of NaN.
     z = z.clamp(-20, 20)
     return 0.5 * (1 + torch.tanh(math.sqrt(2 / math.pi) * (z + 0.044715 * z**3)))
 
 
 def discretized_gaussian_log_likelihood(x: Tensor, means: Tensor, log_scales: Tensor) -> Tensor:
-    """Log probability in nats of the 8-bit bin around each element under N(means, e^(2 log_scales)), Eq. 13 of DDPM.
+    """Log probability in nats of the 8-bit bin around each element under N(means, e^(2
+    log_scales)), Eq. 13 of DDPM.
 
-    x lies on the lattice k / 127.5 - 1; the outermost bins are open. Probabilities are kept above 1e-12.
+    x lies on the lattice k / 127.5 - 1; the outermost bins are open. Probabilities are kept above
+    1e-12.
     """
     inverse_scale = torch.exp(-log_scales)
     cdf_above = approx_standard_normal_cdf(inverse_scale * (x - means + 1 / 255))
@@ -214,9 +225,9 @@ def discretized_gaussian_log_likelihood(x: Tensor, means: Tensor, log_scales: Te
     return probability.clamp(min=1e-12).log()
 
 
-def split_variance(scheduler, model_output: Tensor, x_0: Tensor) -> tuple[Tensor, Tensor | None]:
-    """The prediction, shaped as x_0, and the variance channels (None where the variance is fixed)."""
-    learned = scheduler.config.variance_type in LEARNED_VARIANCES
+def split_variance(scheduler: GaussianScheduler, model_output: Tensor, x_0: Tensor) -> tuple[Tensor, Tensor | None]:
+    """The prediction, shaped as x_0, and the variance channels (None for a fixed variance)."""
+    learned = scheduler.config.variance_type in LEARNED
     expected = list(x_0.shape)
     if learned:
         expected[1] *= 2
@@ -224,7 +235,7 @@ def split_variance(scheduler, model_output: Tensor, x_0: Tensor) -> tuple[Tensor
         raise ValueError(
             f"the network returned {tuple(model_output.shape)} for data {tuple(x_0.shape)}, but variance_type="
             f"{scheduler.config.variance_type!r} needs {tuple(expected)}; set the network's out_channels or the "
-            f"scheduler's variance_type, of which {LEARNED_VARIANCES} take twice the channels"
+            f"scheduler's variance_type, of which {LEARNED} take twice the channels"
         )
     return model_output.chunk(2, dim=1) if learned else (model_output, None)
 
@@ -242,8 +253,8 @@ def _per_sample_factor(values: Tensor, like: Tensor) -> Tensor:
     return values.to(like).reshape(-1, *[1] * (like.ndim - 1))  # (B,) -> (B, 1, ...)
 
 
-def _x_0_in_posterior_mean(scheduler) -> Tensor:
-    """Coefficient of x_0 in Eq. 7 of DDPM, float64 (T,); NaN for timesteps outside the scheduler's current run."""
+def _x_0_in_posterior_mean(scheduler: GaussianScheduler) -> Tensor:
+    """Coefficient of x_0 in Eq. 7 of DDPM, float64 (T,); NaN for timesteps outside the run."""
     levels = torch.cat([scheduler.alpha_bar.new_ones(1), scheduler.alpha_bar])  # levels[0]: clean data
     t = scheduler.timesteps.cpu()
     alpha_bar_t, alpha_bar_s = levels[t + 1], levels[torch.cat([t[1:] + 1, t.new_zeros(1)])]
@@ -252,8 +263,7 @@ def _x_0_in_posterior_mean(scheduler) -> Tensor:
     return coefficient
 
 
-def _unknown_prediction_type(scheduler) -> ValueError:
+def _unknown_prediction_type(scheduler: GaussianScheduler) -> ValueError:
     return ValueError(
-        f"unknown prediction_type {scheduler.config.prediction_type!r}; choose from "
-        "['epsilon', 'previous_mean', 'sample', 'v_prediction']"
+        f"unknown prediction_type {scheduler.config.prediction_type!r}; choose from {list(PREDICTION_TYPES)}"
     )

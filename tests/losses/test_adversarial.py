@@ -83,7 +83,7 @@ def test_ascending_the_bound_finds_the_best_critic(divergence):
 
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 def test_large_values_mean_real_for_every_divergence(divergence):
-    """The critic gains by raising V on data and lowering it on samples; the generator gains by raising V on samples."""
+    """The critic raises V on data and lowers it on samples, where the generator raises it."""
     v = torch.linspace(-4, 4, 33, dtype=torch.float64)
     assert bool((real_loss(divergence, v).diff() < 0).all())
     assert bool((fake_loss(divergence, v).diff() > 0).all())

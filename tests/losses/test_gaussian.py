@@ -70,7 +70,7 @@ def test_simple_loss_of_the_target_is_zero_and_of_a_shifted_target_the_squared_s
 @pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
 @pytest.mark.parametrize("weighting", ["min_snr", "p2"])
 def test_a_weighted_error_is_the_same_number_for_every_prediction_type(prediction_type, weighting):
-    """One error in x_0, told in each target's terms and weighted for it, is weighted in x_0 as the paper says."""
+    """One error in x_0, told in each target's terms, has the paper's weight in x_0."""
     scheduler = LinearDDPMScheduler(1000, prediction_type=prediction_type)
     x_0, noise, t, x_t = batch(scheduler, samples=50)
     wrong_x_0 = x_0 + 0.1 * torch.randn(x_0.shape, generator=torch.Generator().manual_seed(1), dtype=x_0.dtype)
@@ -207,6 +207,22 @@ def test_losses_are_means_over_all_dimensions_however_these_are_arranged(shape):
     )
     assert as_given.shape == (7,)
     torch.testing.assert_close(as_given, as_points)
+
+
+def test_the_bound_trains_a_prediction_of_x_0_beyond_the_data_range_too():
+    """Its terms are (on_x_0 (x_0 - predicted))^2 / (2 variance), with the prediction as it is."""
+    scheduler = LinearDDPMScheduler(1000, prediction_type="sample")
+    x_0, noise, t, x_t = batch(scheduler)
+    t = t.clamp(min=1)  # timestep 0 has the decoder's term
+    x_t = scheduler.add_noise(x_0, noise, t)
+    predicted = (3 * x_0).requires_grad_()
+    loss = vlb_loss(scheduler, predicted, x_0, x_t, t, rescaled=False)
+    zero = torch.zeros_like(x_0)
+    on_x_0, variance = scheduler.posterior(zero + 1, zero, t, t - 1)
+    terms = (on_x_0 * (x_0 - predicted)) ** 2 / (2 * variance) / math.log(2)
+    torch.testing.assert_close(loss, terms.mean((1, 2, 3)), rtol=1e-7, atol=0)
+    loss.sum().backward()
+    assert (predicted.grad[x_0.abs() > 0.5] != 0).all()
 
 
 def test_the_bound_uses_the_decoder_at_the_last_denoising_step_of_the_run_only():

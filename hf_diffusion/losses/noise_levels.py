@@ -1,46 +1,51 @@
-"""Which timesteps a training batch visits, as functions of uniform numbers that the caller drew.
+"""Which noise levels a training batch visits, as functions of uniform numbers that the caller drew.
 
-The numbers come from outside (`randomness.Draw` in the trainer), so that a run is the same for any number of
-processes.
+A level is a number u in [0, 1), the least noise at 0; each family turns it into its t or sigma. A
+spread arranges the levels of a global batch. It sees whole blocks of rows, each row's number in the
+global batch and the size of that, so that a run is the same for any number of processes.
 """
 
 import torch
 from torch import Tensor
 
 
-def uniform_timesteps(u: Tensor, num_timesteps: int) -> Tensor:
-    """Independent timesteps, int64 (B,) in [0, num_timesteps), from u (B,) in [0, 1)."""
+def timesteps(u: Tensor, num_timesteps: int) -> Tensor:
+    """Timesteps int64 (B,) in [0, num_timesteps) for levels u (B,) in [0, 1)."""
     return (u.double() * num_timesteps).long().clamp(max=num_timesteps - 1)
 
 
-def stratified_timesteps(u: Tensor, num_timesteps: int) -> Tensor:
-    """Row i of a batch of B from the i-th of B equal strata, int64 (B,), from u (B,) in [0, 1).
+def stratified(u: Tensor, rows: Tensor, total: int) -> Tensor:
+    """Row i moves into the i-th of `total` equal strata of [0, 1); rows int64 (B,), as u.
 
-    Every timestep is still drawn B / num_timesteps times on average, with less variance of the batch's loss. u is the
-    whole global batch's: with several processes, call this before taking a process's rows.
+    Every level is as likely as before, with less variance of the batch's loss. Rows from `total`
+    on, which a last block may have, leave [0, 1); nobody uses them.
     """
-    strata = torch.arange(len(u), device=u.device)
-    return uniform_timesteps((strata + u.double()) / len(u), num_timesteps)
+    return (rows + u.double()) / total
 
 
-def antithetic_timesteps(u: Tensor, num_timesteps: int) -> Tensor:
-    """Rows 2k drawn uniformly and rows 2k + 1 their mirror num_timesteps - 1 - t, int64 (B,), from u (B,) in [0, 1).
+def antithetic(u: Tensor, rows: Tensor, total: int) -> Tensor:
+    """Row 2k + 1 takes the mirror 1 - u of row 2k, so that timesteps t and T - 1 - t pair up.
 
-    ermongroup/ddim puts the mirrors into the second half of the batch; side by side they stay together in
-    micro-batches.
+    `rows` begins with an even number and holds no gaps, as whole blocks of an even size do.
     """
-    t = uniform_timesteps(u, num_timesteps)
-    mirrored = num_timesteps - 1 - t[0::2]
-    t[1::2] = mirrored[: len(t) // 2]
-    return t
+    # ermongroup/ddim puts the mirrors into the second half of the batch; side by side they stay
+    # together in micro-batches
+    u = u.double().clone()
+    mirror = 1 - u[0::2]
+    # the next number below: 1 - u is 1 at u = 0, and elsewhere on a border between two timesteps it
+    # would fall on the wrong side
+    mirror = torch.nextafter(mirror, torch.zeros_like(mirror))
+    u[1::2] = mirror[: len(u) // 2]
+    return u
 
 
 class LossSecondMomentSampler:
-    """Importance sampling of timesteps by their root mean square loss, Eq. 18 of improved DDPM (arXiv:2102.09672).
+    """Importance sampling of timesteps by their root mean square loss, Eq. 18 of improved DDPM
+    (arXiv:2102.09672).
 
-    Uniform until every timestep has `history_per_term` losses. The state is one table, so all processes that are given
-    the same losses draw alike: gather t and losses over the processes before `update`. No value is read back from a
-    GPU.
+    Uniform until every timestep has `history_per_term` losses. The state is one table, so all
+    processes that are given the same losses draw alike: gather t and losses over the processes
+    before `update`. No value is read back from a GPU.
     """
 
     def __init__(self, num_timesteps: int, history_per_term: int = 10, uniform_prob: float = 0.001):
@@ -67,7 +72,8 @@ class LossSecondMomentSampler:
     def sample(self, u: Tensor) -> tuple[Tensor, Tensor]:
         """Timesteps int64 (B,) for u (B,) in [0, 1), and the factors float64 (B,) on their losses.
 
-        With the factors, the mean loss estimates that of uniform timesteps. The sampler's state moves to u's device.
+        With the factors, the mean loss estimates that of uniform timesteps. The sampler's state
+        moves to u's device.
         """
         self.history, self.counts = self.history.to(u.device), self.counts.to(u.device)
         probabilities = self.weights()
@@ -80,11 +86,13 @@ class LossSecondMomentSampler:
     def update(self, t: Tensor, losses: Tensor) -> None:
         """Append the unweighted losses (N,) of timesteps t (N,), first in first out.
 
-        Losses that are not finite are left out: one would stay in the weights for the next `history_per_term` visits.
+        Losses that are not finite are left out: one would stay in the weights for the next
+        `history_per_term` visits.
         """
         t, losses = t.to(self.counts.device), losses.to(self.history)
         finite = losses.isfinite()
-        # Row num_timesteps and column history_per_term are a bin for what is not kept: masks would make the GPU wait.
+        # Row num_timesteps and column history_per_term are a bin for what is not kept: masks would
+        # make the GPU wait.
         t, order = torch.where(finite, t, self.num_timesteps).sort(stable=True)
         losses = torch.where(finite, losses, 0.0)[order]
         added = self.counts.new_zeros(self.num_timesteps + 1).index_add_(0, t, torch.ones_like(t))

@@ -1,12 +1,10 @@
+"""Noise levels and timesteps: distribution, spread over a batch, importance sampling."""
+
 import pytest
 import torch
 
-from hf_diffusion.timestep_sampling import (
-    LossSecondMomentSampler,
-    antithetic_timesteps,
-    stratified_timesteps,
-    uniform_timesteps,
-)
+from hf_diffusion.losses.noise_levels import LossSecondMomentSampler, antithetic, stratified, timesteps
+from hf_diffusion.randomness import BLOCK
 
 
 def uniforms(n, seed=0, dtype=torch.float32):
@@ -25,47 +23,79 @@ def warmed_up(num_timesteps=20, history_per_term=3):
     return sampler
 
 
-@pytest.mark.parametrize("sampler", [uniform_timesteps, stratified_timesteps, antithetic_timesteps])
-def test_every_timestep_is_equally_likely(sampler):
+def independent(u, rows, total):
+    return u
+
+
+SPREADS = (independent, stratified, antithetic)
+
+
+def spread(kind, u):
+    """The levels of a whole batch."""
+    return kind(u, torch.arange(len(u)), len(u))
+
+
+@pytest.mark.parametrize("kind", SPREADS)
+def test_every_timestep_is_equally_likely(kind):
     # 30 batches of 1000: 1000 is no multiple of 7, so strata and timesteps do not line up.
-    t = torch.cat([sampler(uniforms(1000, seed), 7) for seed in range(30)])
+    t = torch.cat([timesteps(spread(kind, uniforms(1000, seed)), 7) for seed in range(30)])
     assert t.dtype == torch.int64
     torch.testing.assert_close(
         frequencies(t, 7), torch.full((7,), 1 / 7).double(), rtol=0, atol=4 * (1 / 7 / 30000) ** 0.5
     )
 
 
-@pytest.mark.parametrize("sampler", [uniform_timesteps, stratified_timesteps, antithetic_timesteps])
-def test_the_ends_of_the_unit_interval_stay_inside(sampler):
+@pytest.mark.parametrize("kind", SPREADS)
+def test_the_ends_of_the_unit_interval_stay_inside(kind):
     for dtype in (torch.float32, torch.float64):
         below_one = torch.nextafter(torch.ones(5, dtype=dtype), torch.zeros(5, dtype=dtype))
         for u in (torch.zeros(5, dtype=dtype), below_one):
+            levels = spread(kind, u)
+            # a stratum's upper end may round to that of [0, 1) itself
+            assert levels.dtype in (dtype, torch.float64) and 0 <= levels.min()
+            assert levels.max() < 1 or kind is stratified
             for num_timesteps in (1, 3, 4000):
-                t = sampler(u, num_timesteps)
+                t = timesteps(levels, num_timesteps)
                 assert 0 <= t.min() and t.max() < num_timesteps
 
 
-def test_stratified_timesteps_cover_each_stratum_once():
-    t = stratified_timesteps(uniforms(64), 640)
+def test_stratified_levels_cover_each_stratum_once():
+    t = timesteps(spread(stratified, uniforms(64)), 640)
     assert torch.equal(t // 10, torch.arange(64))
     assert len((t % 10).unique()) > 5  # and are random within it
 
 
-def test_stratified_timesteps_reduce_the_variance_of_a_batch_mean():
+def test_stratified_levels_reduce_the_variance_of_a_batch_mean():
     loss = torch.linspace(1, 0, 1000) ** 2
-    means = {
-        sampler: torch.stack([loss[sampler(uniforms(32, seed), 1000)].mean() for seed in range(200)])
-        for sampler in (uniform_timesteps, stratified_timesteps)
-    }
-    assert means[stratified_timesteps].var() < 0.02 * means[uniform_timesteps].var()
+    variance = {}
+    for kind in (independent, stratified):
+        means = [loss[timesteps(spread(kind, uniforms(32, seed)), 1000)].mean() for seed in range(200)]
+        variance[kind] = torch.stack(means).var()
+    assert variance[stratified] < 0.02 * variance[independent]
 
 
-def test_antithetic_neighbours_mirror_each_other():
-    for batch in (8, 9, 1):
-        t = antithetic_timesteps(uniforms(batch), 1000)
-        pairs = batch // 2
-        assert torch.equal(t[0::2][:pairs] + t[1::2], torch.full((pairs,), 999))
-        assert torch.equal(t[0::2], uniform_timesteps(uniforms(batch)[0::2], 1000))
+def test_antithetic_neighbours_mirror_each_other_at_the_borders_between_timesteps_too():
+    borders = torch.arange(64).repeat_interleave(2) / 64
+    for u in (uniforms(512), uniforms(9), uniforms(1), borders, uniforms(512, dtype=torch.float64)):
+        pairs = len(u) // 2
+        levels = spread(antithetic, u)
+        torch.testing.assert_close(levels[0::2], u[0::2].double(), rtol=0, atol=0)
+        torch.testing.assert_close(levels[0::2][:pairs] + levels[1::2], torch.ones(pairs).double())
+        for num_timesteps in (1, 2, 3, 8, 64, 1000, 4000):
+            t = timesteps(levels, num_timesteps)
+            assert torch.equal(t[0::2][:pairs] + t[1::2], torch.full((pairs,), num_timesteps - 1))
+
+
+@pytest.mark.parametrize("kind", SPREADS)
+def test_blocks_of_rows_get_the_levels_of_the_whole_batch(kind):
+    """A process that holds some blocks meets what it would with all; the last is half full."""
+    total = 5 * BLOCK + BLOCK // 2
+    u, rows = uniforms(6 * BLOCK), torch.arange(6 * BLOCK)
+    whole = kind(u[:total], rows[:total], total)
+    for first, last in ((0, 1), (1, 3), (2, 6)):
+        part = slice(first * BLOCK, last * BLOCK)
+        levels = kind(u[part], rows[part], total)[: max(0, total - first * BLOCK)]
+        assert torch.equal(levels, whole[first * BLOCK : last * BLOCK])
 
 
 def test_sampling_is_uniform_until_every_timestep_has_a_full_history():
@@ -73,7 +103,7 @@ def test_sampling_is_uniform_until_every_timestep_has_a_full_history():
     sampler.update(torch.tensor([0, 0, 1, 1, 2, 2, 3]), torch.tensor([1.0, 2, 3, 4, 5, 6, 7]))
     t, importance = sampler.sample(uniforms(1000))
     assert torch.equal(sampler.weights(), torch.ones(4).double())
-    assert torch.equal(t, uniform_timesteps(uniforms(1000), 4)) and torch.equal(importance, torch.ones(1000).double())
+    assert torch.equal(t, timesteps(uniforms(1000), 4)) and torch.equal(importance, torch.ones(1000).double())
     assert sampler.sample(torch.tensor([0.0, 0.25, 0.5, 0.75]))[0].tolist() == [0, 1, 2, 3]
     sampler.update(torch.tensor([3]), torch.tensor([8.0]))
     assert sampler.weights().argmax() == 3
@@ -97,7 +127,7 @@ def test_importance_weighted_losses_estimate_the_plain_mean_without_bias():
 def test_importance_weights_reduce_the_variance_of_the_loss_they_were_made_for():
     sampler, loss = warmed_up(), torch.arange(20).double() + 1
     t, importance = sampler.sample(uniforms(2000))
-    plain = loss[uniform_timesteps(uniforms(2000), 20)]
+    plain = loss[timesteps(uniforms(2000), 20)]
     assert (loss[t] * importance).var() < 0.1 * plain.var()
 
 
@@ -124,7 +154,7 @@ def test_a_loss_that_is_not_finite_never_enters_the_history():
 
 
 def test_sampling_and_updating_read_no_value_back_from_the_device():
-    """Tensors on "meta" have no values: whatever asked for one would make the host wait for a GPU, and raises here."""
+    """Tensors on "meta" have no values: whatever would make the host wait for a GPU raises here."""
     sampler = LossSecondMomentSampler(20, 3)
     t, importance = sampler.sample(torch.empty(8, device="meta"))
     sampler.update(t, importance.float())
