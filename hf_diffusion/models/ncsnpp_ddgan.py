@@ -1,11 +1,12 @@
-"""Generator and discriminators of denoising diffusion GANs (Xiao, Kreis and Vahdat, arXiv:2112.07804).
+"""Generator and discriminators of denoising diffusion GANs (Xiao, Kreis and Vahdat,
+arXiv:2112.07804).
 
-The generator is NCSN++ (Song et al., arXiv:2011.13456) with a latent mapping and adaptive group normalisation;
-resampling uses the small FIR filters of StyleGAN2 (arXiv:1912.04958) as depthwise convolutions, which can be
-differentiated twice.
+The generator is NCSN++ (Song et al., arXiv:2011.13456) with a latent mapping and adaptive group
+normalisation; resampling uses the small FIR filters of StyleGAN2 (arXiv:1912.04958) as depthwise
+convolutions, which can be differentiated twice.
 
-Shapes: B batch, C channels, H and W pixels, D width of the time embedding, S width of the latent embedding (the
-style).
+Shapes: B batch, C channels, H and W pixels, D width of the time embedding, S width of the latent
+embedding (the style).
 """
 
 import math
@@ -19,9 +20,8 @@ from diffusers.utils import BaseOutput
 from torch import Tensor, nn
 
 
-LARGEST_PRODUCT = (
-    64  # side of a map up to which the CPU resamples by products of matrices, whose cost grows with the side
-)
+# side of a map up to which the CPU resamples by products of matrices, whose cost grows with it
+LARGEST_PRODUCT = 64
 
 
 @dataclass
@@ -41,13 +41,14 @@ class DDGANDiscriminatorOutput(BaseOutput):
 class DDGANGenerator(ModelMixin, ConfigMixin):
     """Predict x_0 from (x_{t+1}, t, latent), and a class label where `num_class_embeds` is set.
 
-    `attention_sizes` are the heights of the feature maps (after `patch_size`) that get self-attention on the way down
-    and up; the middle always has it. `block_type` is "biggan" (both normalisations of a block take the style) or
-    "biggan_oneadagn" (the first only). `progressive_input` feeds a pyramid of the input to the levels ("residual",
-    "input_skip" combined by "sum" or "cat", or "none"), `progressive_output` sums images of all levels ("output_skip")
-    or reads the last ("none"). `time_embedding="fourier"` takes log(t), with t = 0 read as 1/2. `centered=False` takes
-    input in [0, 1]. `patch_size` p computes on H/p x W/p maps of p^2 C channels. Other values, and sizes that do not
-    halve exactly, are a ValueError.
+    `attention_sizes` are the heights of the feature maps (after `patch_size`) that get
+    self-attention on the way down and up; the middle always has it. `block_type` is "biggan" (both
+    normalisations of a block take the style) or "biggan_oneadagn" (the first only).
+    `progressive_input` feeds a pyramid of the input to the levels ("residual", "input_skip"
+    combined by "sum" or "cat", or "none"), `progressive_output` sums images of all levels
+    ("output_skip") or reads the last ("none"). `time_embedding="fourier"` takes log(t), with t = 0
+    read as 1/2. `centered=False` takes input in [0, 1]. `patch_size` p computes on H/p x W/p maps
+    of p^2 C channels. Other values, and sizes that do not halve exactly, are a ValueError.
     """
 
     _supports_gradient_checkpointing = True
@@ -178,8 +179,7 @@ class DDGANGenerator(ModelMixin, ConfigMixin):
         class_labels: Tensor | None = None,
         return_dict: bool = True,
     ) -> DDGANGeneratorOutput | tuple[Tensor]:
-        """`sample` (B, C, H, W) is x_{t+1}, `timestep` t in 0..T-1 of shape () or (B,), `latent` (B, latent_dim) ~
-        N(0, I)."""
+        """`sample` is x_{t+1} (B, C, H, W), `timestep` t () or (B,), `latent` (B, latent_dim)."""
         config = self.config
         _check_labels(class_labels, config.num_class_embeds)
         if latent.shape != (sample.shape[0], config.latent_dim):
@@ -236,13 +236,14 @@ class DDGANGenerator(ModelMixin, ConfigMixin):
 class DDGANDiscriminator(ModelMixin, ConfigMixin):
     """Score a pair (x_t, x_{t+1}) for the transition t; large logits mean that x_t looks real.
 
-    `variant="small"` halves the maps three times (images up to about 32 pixels), `"large"` six times (64 pixels and
-    more). Statistics over groups of samples enter before the head: batches are split into groups of
-    `stddev_group_size`, or of its largest smaller number that divides the batch. The reference's groups are strided
-    (samples i, i + B/g, ...); `stddev_contiguous_groups=True` takes consecutive samples instead, so that the processes
-    of a distributed run that hold consecutive rows compute what one process computes. `num_class_embeds` adds a
-    projection of the label (arXiv:1802.05637). `patch_size` p computes on H/p x W/p maps. Wrong values are a
-    ValueError.
+    `variant="small"` halves the maps three times (images up to about 32 pixels), `"large"` six
+    times (64 pixels and more). Statistics over groups of samples enter before the head: batches are
+    split into groups of `stddev_group_size`, or of its largest smaller number that divides the
+    batch. The reference's groups are strided (samples i, i + B/g, ...);
+    `stddev_contiguous_groups=True` takes consecutive samples instead, so that the processes of a
+    distributed run that hold consecutive rows compute what one process computes. `num_class_embeds`
+    adds a projection of the label (arXiv:1802.05637). `patch_size` p computes on H/p x W/p maps.
+    Wrong values are a ValueError.
     """
 
     _supports_gradient_checkpointing = True
@@ -301,7 +302,7 @@ class DDGANDiscriminator(ModelMixin, ConfigMixin):
         class_labels: Tensor | None = None,
         return_dict: bool = True,
     ) -> DDGANDiscriminatorOutput | tuple[Tensor]:
-        """`sample` (B, C, H, W) is x_t, `noisier_sample` x_{t+1}, `timestep` t in 0..T-1 of shape () or (B,)."""
+        """`sample` is x_t (B, C, H, W), `noisier_sample` x_{t+1}, `timestep` t () or (B,)."""
         config, slope = self.config, self.config.negative_slope
         _check_labels(class_labels, config.num_class_embeds)
         _check_reduction(sample.shape[-2:], config.patch_size, sum(b.downsamples for b in self.blocks), config.variant)
@@ -323,8 +324,7 @@ class DDGANDiscriminator(ModelMixin, ConfigMixin):
 
 
 class GeneratorBlock(nn.Module):
-    """BigGAN residual block: style enters by adaptive normalisation, time as a bias; `resample` is None, "up" or
-    "down"."""
+    """BigGAN residual block: the style enters by adaptive normalisation, the time as a bias."""
 
     def __init__(
         self,
@@ -391,7 +391,7 @@ class DiscriminatorBlock(nn.Module):
 
 
 class DownLevel(nn.Module):
-    """Parts of one resolution on the way down; `downsample` and `pyramid` lead to the next one, where there is one."""
+    """Parts of one resolution on the way down; the last has no `downsample` and no `pyramid`."""
 
     def __init__(self):
         super().__init__()
@@ -401,7 +401,7 @@ class DownLevel(nn.Module):
 
 
 class UpLevel(nn.Module):
-    """Parts of one resolution on the way up; `upsample` leads to the next one, where there is one."""
+    """Parts of one resolution on the way up; the last has no `upsample`."""
 
     def __init__(self):
         super().__init__()
@@ -444,7 +444,7 @@ class SelfAttention(nn.Module):
 
 
 class PyramidDownsample(nn.Module):
-    """Halve a map with a learned stride-2 convolution, low-pass filtered first where `taps` are given."""
+    """Halve a map by a convolution of stride 2, after a low-pass filter where `taps` are given."""
 
     def __init__(self, in_channels: int, out_channels: int, taps: tuple[float, ...] | None):
         super().__init__()
@@ -485,7 +485,7 @@ class ToImage(nn.Module):
 
 
 class Resample(nn.Module):
-    """Double or halve a map: by the FIR filter where `taps` are given, by repetition or averaging otherwise."""
+    """Double or halve a map by the FIR filter of `taps`, else by repetition or averaging."""
 
     def __init__(self, direction: str, taps: tuple[float, ...] | None):
         super().__init__()
@@ -509,7 +509,7 @@ class PixelNorm(nn.Module):
 
 
 class PositionalTimeFeatures(nn.Module):
-    """[sin(t f), cos(t f)] of the raw integer t, f from 1 to 1/10000; an odd width gets one zero at the end."""
+    """[sin(t f), cos(t f)] of the raw integer t, f from 1 to 1/10000, zero-padded if odd."""
 
     def __init__(self, width: int):
         super().__init__()
@@ -538,8 +538,7 @@ class FourierTimeFeatures(nn.Module):
 
 
 def append_group_stddev(x: Tensor, group_size: int, contiguous: bool) -> Tensor:
-    """Append the standard deviation over groups of samples, averaged over a sample, as one more channel of (B, C, H,
-    W)."""
+    """Append a channel: the standard deviation over a group of samples, averaged over a sample."""
     batch, _, height, width = x.shape
     group = next(g for g in range(min(batch, group_size), 0, -1) if batch % g == 0)
     groups = (batch // group, group) if contiguous else (group, batch // group)
@@ -562,8 +561,7 @@ def fir_kernel_2d(taps: tuple[float, ...]) -> Tensor:
 
 
 def upfirdn2d(x: Tensor, kernel: Tensor, up: int = 1, down: int = 1, pad: tuple[int, int] = (0, 0)) -> Tensor:
-    """Insert zeros (`up`), pad both axes by `pad` (may be negative), convolve with `kernel` (k, k), keep every
-    `down`-th."""
+    """Insert zeros (`up`), pad (may be negative), convolve with (k, k), keep every `down`-th."""
     batch, channels, height, width = x.shape
     if up > 1:
         x = F.pad(x[:, :, :, None, :, None], (0, up - 1, 0, 0, 0, up - 1)).reshape(
@@ -577,8 +575,8 @@ def upfirdn2d(x: Tensor, kernel: Tensor, up: int = 1, down: int = 1, pad: tuple[
 def upsample_2d(x: Tensor, kernel: Tensor) -> Tensor:
     """Double a map (B, C, H, W) with a low-pass filter of sum 1.
 
-    Equal to `upfirdn2d` with up=2, which inserts zeros first; the transposed convolution skips them and is three times
-    faster.
+    Equal to `upfirdn2d` with up=2, which inserts zeros first; the transposed convolution skips them
+    and is three times faster.
     """
     height, width = x.shape[-2:]
     size = kernel.shape[0]
@@ -595,11 +593,12 @@ def downsample_2d(x: Tensor, kernel: Tensor) -> Tensor:
 
 
 def resample_by_products(x: Tensor, kernel: Tensor, direction: str) -> Tensor:
-    """`upsample_2d` ("up") or `downsample_2d` ("down") with an outer product as kernel, as two products with banded
-    matrices.
+    """`upsample_2d` ("up") or `downsample_2d` ("down") with an outer product as kernel, as two
+    products with banded matrices.
 
-    A CPU multiplies matrices faster than it convolves channel by channel. Forward and backward of (64, 32, 14, 14) on
-    one core: up 25 ms by convolution and 4.8 ms here, down 3.0 and 1.3; in bfloat16 33 and 5.5, 17 and 2.3.
+    A CPU multiplies matrices faster than it convolves channel by channel. Forward and backward of
+    (64, 32, 14, 14) on one core: up 25 ms by convolution and 4.8 ms here, down 3.0 and 1.3; in
+    bfloat16 33 and 5.5, 17 and 2.3.
     """
     taps = kernel.sum(dim=0)
     rows, columns = (_axis_matrix(taps, side, direction).to(x.dtype) for side in x.shape[-2:])
@@ -641,7 +640,7 @@ def _residual(x: Tensor, h: Tensor, rescale: bool) -> Tensor:
 
 
 def _init(layer: nn.Module, scale: float) -> nn.Module:
-    # scale 0 stands for "almost zero": exactly zero would leave the layers before it without gradient
+    # scale 0 stands for "almost zero": exactly zero would give the layers before no gradient
     nn.init.xavier_uniform_(layer.weight, gain=math.sqrt(scale or 1e-10))
     if layer.bias is not None:
         nn.init.zeros_(layer.bias)
@@ -663,9 +662,9 @@ def _group_norm(channels: int, affine: bool = True) -> nn.GroupNorm:
     groups = min(channels // 4, 32)
     if groups == 0 or channels % groups:
         raise ValueError(
-            f"a layer of {channels} channels cannot be split into {groups} equal groups; choose model_channels and channel_mult so"
-            " that every width, and every sum of two that a skip connection joins, is at least 4 and divisible by"
-            " min(width // 4, 32), for example multiples of 32"
+            f"a layer of {channels} channels cannot be split into {groups} equal groups; choose model_channels and"
+            " channel_mult so that every width, and every sum of two that a skip connection joins, is at least 4 and"
+            " divisible by min(width // 4, 32), for example multiples of 32"
         )
     return nn.GroupNorm(groups, channels, eps=1e-6, affine=affine)
 
@@ -688,8 +687,8 @@ def _check_halving(size: tuple[int, int], patch_size: int, levels: int) -> None:
         )
         fewer = f"use at most {fitting} entries in channel_mult, or " if fitting else ""
         raise ValueError(
-            f"images of {size[0]}x{size[1]} do not halve exactly through {levels} levels with patch_size={patch_size}; {fewer}pad or"
-            f" resize them to {padded[0]}x{padded[1]}"
+            f"images of {size[0]}x{size[1]} do not halve exactly through {levels} levels with patch_size={patch_size};"
+            f" {fewer}pad or resize them to {padded[0]}x{padded[1]}"
         )
 
 
@@ -697,13 +696,14 @@ def _check_reduction(size: tuple[int, int], patch_size: int, halvings: int, vari
     smallest = patch_size * 2**halvings
     if size[0] % patch_size or size[1] % patch_size:
         raise ValueError(
-            f"images of {size[0]}x{size[1]} cannot be cut into patches of {patch_size}; choose a patch_size that divides them"
+            f"images of {size[0]}x{size[1]} cannot be cut into patches of {patch_size}; choose a patch_size that"
+            " divides them"
         )
     if min(size) < smallest:
         fix = "use variant='small', a smaller patch_size" if variant == "large" else "use a smaller patch_size"
         raise ValueError(
-            f"the {variant} discriminator with patch_size={patch_size} halves {halvings} times and needs images of at least"
-            f" {smallest} pixels, got {size[0]}x{size[1]}; {fix} or larger images"
+            f"the {variant} discriminator with patch_size={patch_size} halves {halvings} times and needs images of at"
+            f" least {smallest} pixels, got {size[0]}x{size[1]}; {fix} or larger images"
         )
 
 

@@ -53,9 +53,17 @@ VARIANTS = [
     {"residual_rescale": True},
     {"patch_size": 2, "out_channels": 6},
     {"in_channels": 1, "out_channels": 1},
+    {"in_channels": 2, "out_channels": 2 * 5},
+    {"in_channels": 1, "out_channels": None},
     {"attention_resolutions": (1, 2), "num_res_blocks": 2},
     {"num_class_embeds": 3, "null_class": True},
 ]
+
+
+def test_the_config_says_how_many_channels_come_out_where_nobody_said_so(tmp_path):
+    model = small(in_channels=2)
+    model.save_pretrained(tmp_path)
+    assert model.config.out_channels == ADMUNet2DModel.load_config(tmp_path)["out_channels"] == 2
 
 
 def test_fresh_network_outputs_exactly_zero():
@@ -292,53 +300,50 @@ def test_saved_model_loads_in_a_fresh_process(tmp_path):
     subprocess.run([sys.executable, "-c", script, str(tmp_path)], check=True, timeout=300)
 
 
-@pytest.mark.parametrize(
-    "changes, message",
-    [
-        ({"sample_size": 9}, r"multiples of 2 .*use 10 or"),
-        ({"sample_size": (8, 12), "patch_size": 4}, r"multiples of 8 .*use \(8, 16\) or"),
-        ({"patch_size": 0}, "patch_size is 0"),
-        ({"norm_num_groups": 32}, "16 channels .* 32; set norm_num_groups to 16 or model_channels to 32"),
-        ({"channel_mult": (1, 1.25)}, "20 channels .* 8; set norm_num_groups to 4 or model_channels to 32"),
-        ({"norm_num_groups": 0}, "norm_num_groups is 0"),
-        ({"channel_mult": ()}, "channel_mult is empty"),
-        ({"num_heads": 3}, "32 channels .* 3 heads"),
-        ({"num_head_channels": 5}, "num_head_channels 5"),
-        ({"num_heads_upsample": 5}, "5 heads"),
-        ({"attention_resolutions": (3,)}, r"\[3\] are downsampling factors.*\[1, 2\]"),
-        ({"attention_resolutions": (16,)}, r"choose from \[1, 2\]"),
-        ({"out_channels": 5}, "use 3, or 6 for a learned variance"),
-        ({"null_class": True}, "set num_class_embeds"),
-        ({"num_class_embeds": 0}, "num_class_embeds is 0"),
-        ({"num_res_blocks": 0}, "num_res_blocks is 0"),
-    ],
-)
-def test_settings_that_do_not_fit_name_one_that_does(changes, message):
-    with pytest.raises(ValueError, match=message):
-        ADMUNet2DModel(**{**SMALL, **changes})
+WRONG_SETTINGS = [
+    ({"sample_size": 9}, r"multiples of 2 .*use 10 or"),
+    ({"sample_size": (8, 12), "patch_size": 4}, r"multiples of 8 .*use \(8, 16\) or"),
+    ({"patch_size": 0}, "patch_size is 0"),
+    ({"norm_num_groups": 32}, "16 channels .* 32; set norm_num_groups to 16 or model_channels to 32"),
+    ({"channel_mult": (1, 1.25)}, "20 channels .* 8; set norm_num_groups to 4 or model_channels to 32"),
+    ({"norm_num_groups": 0}, "norm_num_groups is 0"),
+    ({"channel_mult": ()}, "channel_mult is empty"),
+    ({"num_heads": 3}, "32 channels .* 3 heads"),
+    ({"num_head_channels": 5}, "num_head_channels 5"),
+    ({"num_heads_upsample": 5}, "5 heads"),
+    ({"attention_resolutions": (3,)}, r"\[3\] are downsampling factors.*\[1, 2\]"),
+    ({"attention_resolutions": (16,)}, r"choose from \[1, 2\]"),
+    ({"out_channels": 5}, r"use 3, or 6 for a learned variance, or K \* 3 for K logits"),
+    ({"out_channels": 0}, "out_channels is 0"),
+    ({"in_channels": 0}, "in_channels is 0"),
+    ({"null_class": True}, "set num_class_embeds"),
+    ({"num_class_embeds": 0}, "num_class_embeds is 0"),
+    ({"num_res_blocks": 0}, "num_res_blocks is 0"),
+]
+WRONG_INPUTS = [
+    ({}, (images(size=(9, 8)), 5), "multiples of 2"),
+    ({"patch_size": 2}, (images(size=(10, 8)), 5), "multiples of 4"),
+    ({}, (images(channels=1), 5), r"\(batch, 3, height, width\)"),
+    ({}, (images(), torch.tensor([1, 2, 3])), "timestep has shape"),
+    ({}, (images(), 5, torch.tensor([0, 1])), "without classes"),
+    ({"num_class_embeds": 3}, (images(), 5), "class_labels are missing"),
+    ({"num_class_embeds": 3}, (images(), 5, torch.tensor([0, 3])), "from 0 to 3; this model knows 0 to 2"),
+    ({"num_class_embeds": 3}, (images(), 5, torch.tensor([0])), "class_labels have shape"),
+]
+
+
+def test_settings_and_inputs_that_do_not_fit_are_refused_and_name_what_does():
+    for changes, message in WRONG_SETTINGS:
+        with pytest.raises(ValueError, match=message):
+            ADMUNet2DModel(**{**SMALL, **changes})
+    for changes, arguments, message in WRONG_INPUTS:
+        with pytest.raises(ValueError, match=message):
+            small(**changes)(*arguments)
 
 
 @pytest.mark.parametrize("changes", [{"norm_num_groups": 16}, {"model_channels": 32, "norm_num_groups": 32}])
 def test_the_advice_for_groups_works(changes):
     assert ADMUNet2DModel(**{**SMALL, **changes})(images(), 5).sample.shape == (2, 3, 8, 8)
-
-
-@pytest.mark.parametrize(
-    "changes, arguments, message",
-    [
-        ({}, (images(size=(9, 8)), 5), "multiples of 2"),
-        ({"patch_size": 2}, (images(size=(10, 8)), 5), "multiples of 4"),
-        ({}, (images(channels=1), 5), r"\(batch, 3, height, width\)"),
-        ({}, (images(), torch.tensor([1, 2, 3])), "timestep has shape"),
-        ({}, (images(), 5, torch.tensor([0, 1])), "without classes"),
-        ({"num_class_embeds": 3}, (images(), 5), "class_labels are missing"),
-        ({"num_class_embeds": 3}, (images(), 5, torch.tensor([0, 3])), "from 0 to 3; this model knows 0 to 2"),
-        ({"num_class_embeds": 3}, (images(), 5, torch.tensor([0])), "class_labels have shape"),
-    ],
-)
-def test_input_that_does_not_fit_is_named(changes, arguments, message):
-    with pytest.raises(ValueError, match=message):
-        small(**changes)(*arguments)
 
 
 ALPHAS_CUMPROD = DDIMScheduler(beta_schedule="squaredcos_cap_v2").alphas_cumprod

@@ -51,7 +51,7 @@ def test_posterior_along_the_mean_path_stays_on_it():
 
 
 def test_the_posterior_of_the_pairs_is_bayes_rule():
-    """Regressing x_t on (x_0, x_{t+1}) over many drawn pairs finds the posterior's coefficients and variance."""
+    """Regressing x_t on (x_0, x_{t+1}) finds the posterior's coefficients and variance."""
     s, count = DDGANScheduler(4), 400_000
     for t in range(1, 4):
         x_0 = torch.randn(count, dtype=torch.float64, generator=seeded(1))
@@ -118,7 +118,7 @@ def test_add_noise_reaches_the_level_at_which_the_generator_is_called():
 
 
 def test_a_perfect_generator_samples_the_data_distribution():
-    """With x_0 drawn from q(x_0 | x_{t+1}) the loop has the data's mean and variance, here N(0.5, 0.3^2)."""
+    """With x_0 drawn from q(x_0 | x_{t+1}) the loop has the data's mean and variance."""
     s, mean, variance, g = DDGANScheduler(4), 0.5, 0.09, seeded()
     x = torch.randn(200_000, 1, dtype=torch.float64, generator=g)
     s.set_timesteps()
@@ -183,7 +183,7 @@ def test_t_out_of_range_is_refused():
 
 
 def test_the_shipped_file_alone_loads_a_saved_scheduler_in_a_new_process(tmp_path):
-    """The file travels to the Hub without this package: it is imported by its stem, with torch and diffusers only."""
+    """The file travels to the Hub without this package: it imports torch and diffusers only."""
     shutil.copy(scheduling_ddgan.__file__, tmp_path)
     DDGANScheduler(8, 0.2, 15.0).save_pretrained(tmp_path / "scheduler")
     code = (
