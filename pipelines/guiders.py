@@ -1,6 +1,7 @@
-"""Classifier guidance as a guider of diffusers, for the pipelines that take one; the guiders of diffusers are experimental.
+"""Classifier guidance as a guider of diffusers, for the pipelines that take one.
 
-The noise prediction is shifted by -sqrt(1 - alpha_bar) * gradient, Algorithm 2 of arXiv:2105.05233, before any scheduler sees it.
+The noise prediction is shifted by -sqrt(1 - alpha_bar) * gradient, Algorithm 2 of arXiv:2105.05233,
+before any scheduler sees it.
 """
 
 from diffusers import ModelMixin, SchedulerMixin
@@ -13,16 +14,31 @@ from hf_diffusion.pipelines.pipeline_classifier_guidance import classifier_gradi
 
 
 class ClassifierGuidance(BaseGuidance):
-    """Shifts a prediction by the gradient of a classifier of noisy images; one forward of the denoiser a step.
+    """Shifts a prediction by the gradient of a classifier of noisy images.
+
+    It brings classifier guidance to schedulers whose `step` takes no gradient, such as multistep
+    solvers, with one forward of the denoiser a step. `classifier` is an `ADMClassifier`, `pipe` a
+    `ClassifierFreeGuidancePipeline` whose model knows the same classes:
+
+        from diffusers import DPMSolverMultistepScheduler
+        from hf_diffusion import ClassifierGuidance
+
+        scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)
+        pipe.scheduler = scheduler
+        guider = ClassifierGuidance(2.0, classifier=classifier, scheduler=scheduler)
+        images = pipe(class_labels=[0, 1], num_inference_steps=20, guider=guider).images
+
+    Guiders are experimental in diffusers. They are no part of a saved pipeline.
 
     Args:
         guidance_scale: multiplies the gradient; 0 does not guide.
         start, stop: the shares of the run between which it guides.
-        classifier, scheduler: the classifier, and the scheduler of the run, from which the noise levels and the prediction type
-            are read. They are not part of the saved configuration: set them as attributes after `from_pretrained`.
+        classifier, scheduler: the classifier, and the scheduler of the run, from which the noise
+            levels and the prediction type are read. They are not part of the saved configuration:
+            set them as attributes after `from_pretrained`.
 
-    Unlike `ClassifierGuidancePipeline` with an ancestral scheduler, whose step adds the gradient after x_0 was clipped, a scheduler
-    that clips does so after this shift.
+    Unlike `ClassifierGuidancePipeline` with an ancestral scheduler, whose step adds the gradient
+    after x_0 was clipped, a scheduler that clips does so after this shift.
     """
 
     _input_predictions = ["pred_cond"]
@@ -52,11 +68,11 @@ class ClassifierGuidance(BaseGuidance):
         return 1
 
     def prepare_inputs(self, data: dict[str, Tensor | tuple[Tensor, Tensor]]) -> list:
-        """One batch, of the conditional inputs; `data` must hold `sample`, x_t (B, C, H, W), and `class_labels`."""
+        """The one batch, conditional; `data` holds `sample`, x_t (B, ...), and `class_labels`."""
         return [self._prepare_batch(data, 0, "pred_cond")]
 
     def __call__(self, data: list) -> GuiderOutput:
-        """The guided prediction of the one batch, whose `noise_pred` (B, C, H, W) is the denoiser's."""
+        """The guided prediction of the one batch; its `noise_pred` (B, ...) is the denoiser's."""
         (batch,) = data
         return self.forward(batch.noise_pred, batch.sample, batch.class_labels)
 

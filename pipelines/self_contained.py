@@ -1,13 +1,14 @@
-"""Pipelines that save the code of their classes beside the weights, and load without running a repository's code.
+"""Pipelines that save their code beside the weights, and load without running foreign code.
 
-diffusers loads a pipeline whose package is not installed if the folder carries the pipeline's file at its root, each
-component's file in the component's folder, and an index that names them (`trust_remote_code=True`). `SelfContainedMixin`
-writes that form. The file that travels must need no neighbour: diffusers keeps the code of all repositories in one folder
-and keeps imported neighbours across loads, so a second repository would run with the first one's neighbour. Therefore this
-file's text replaces the line that imports it, and what travels is one file.
+diffusers loads a pipeline whose package is not installed if the folder carries the pipeline's file
+at its root, each component's file in the component's folder, and an index that names them
+(`trust_remote_code=True`). `SelfContainedMixin` writes that form. The
+file that travels must need no neighbour: diffusers keeps the code of all repositories in one folder
+and keeps imported neighbours across loads, so a second repository would run with the first one's
+neighbour. Therefore the text of this file and of sampling_parts.py replaces the line that imports
+from it, and what travels is one file.
 """
 
-import difflib
 import importlib
 import json
 import logging
@@ -16,36 +17,43 @@ import re
 import shutil
 import sys
 import uuid
-from numbers import Integral
 from pathlib import Path
 
-import numpy as np
-from torch import Tensor
+from diffusers import DiffusionPipeline
 
 
 logger = logging.getLogger(__name__)
 
-IN_PACKAGE = __name__.startswith("hf_diffusion.")  # False in the copy of this text that travels with a pipeline
-IMPORT_OF_THIS_FILE = re.compile(r"^from hf_diffusion\.pipelines\.self_contained import \w+$", re.MULTILINE)
-LIBRARIES = ("diffusers", "transformers", "onnxruntime")  # what stock diffusers imports by itself
+# False in the copy of this text that travels with a pipeline.
+IN_PACKAGE = __name__.startswith("hf_diffusion.")
+IMPORT_OF_SHARED_TEXT = re.compile(
+    r"^from hf_diffusion\.pipelines\.(self_contained|sampling_parts) import (?:[\w, ]+|\([^)]+\))$", re.MULTILINE
+)
+# What stock diffusers imports by itself.
+LIBRARIES = ("diffusers", "transformers", "onnxruntime")
 
 
 def _code_of(cls: type) -> tuple[str, str] | None:
-    """File stem and self-contained text of the module of `cls`; None where there is no module file to send along."""
+    """Stem and self-contained text of the file of `cls`; None where no file can be sent along."""
     file = getattr(sys.modules.get(cls.__module__), "__file__", None)
     if cls.__module__.split(".")[0] in LIBRARIES or cls.__module__ == "__main__" or file is None:
         return None
     text = Path(file).read_text(encoding="utf-8")
-    return Path(file).stem, IMPORT_OF_THIS_FILE.sub(lambda _: Path(__file__).read_text(encoding="utf-8"), text)
+    return Path(file).stem, IMPORT_OF_SHARED_TEXT.sub(lambda line: _shared_text(line[1]), text)
+
+
+def _shared_text(stem: str) -> str:
+    """The text of this file or of the other one that travels."""
+    return Path(__file__).with_name(f"{stem}.py").read_text(encoding="utf-8")
 
 
 def _move_into(staging: Path, target: Path, index_name: str) -> None:
-    """Move every file of `staging` to its place in `target`, each in one step and the index last."""
+    """Move every file of `staging` to its place in `target`, each in one step, the index last."""
     files = sorted((f for f in staging.rglob("*") if f.is_file()), key=lambda f: f.name == index_name)
     for folder in {f.parent.relative_to(staging) for f in files}:
         (target / folder).mkdir(parents=True, exist_ok=True)
         for shards in (target / folder).glob("*.safetensors.index*.json"):
-            # the loader prefers shards to a single file, so the list of an earlier, larger save would win over this one
+            # The loader prefers shards, so the list of an earlier, larger save would win over this.
             if folder != Path() and not (staging / folder / shards.name).exists():
                 shards.unlink()
     for file in files:
@@ -53,14 +61,11 @@ def _move_into(staging: Path, target: Path, index_name: str) -> None:
 
 
 class SelfContainedMixin:
-    """Saving with code, loading without trust, and labels by name, for a `DiffusionPipeline` that names this class before its base.
-
-    For the labels the pipeline has `num_classes` and `id2label`, the names of the classes by number, or None.
-    """
+    """Saving with code and loading without trust; a pipeline names this class before its base."""
 
     def register_modules(self, **modules) -> None:
         super().register_modules(**modules)
-        # The files that diffusers runs for a repository are overwritten by the next load, so they are read at once.
+        # diffusers overwrites the files that it runs for a repository at the next load.
         classes = [type(self), *(type(getattr(module, "_orig_mod", module)) for module in modules.values())]
         self._code = {**getattr(self, "_code", {}), **{cls: _code_of(cls) for cls in classes}}
 
@@ -73,11 +78,12 @@ class SelfContainedMixin:
         push_to_hub: bool = False,
         **kwargs,
     ) -> None:
-        """Write weights, configurations and code, so that `DiffusionPipeline.from_pretrained` needs no package.
+        """Write weights, configurations and code, so that loading needs no package.
 
-        Every file appears whole, the index last; other files of an existing folder stay. With `push_to_hub=True` the
-        remaining arguments (`repo_id`, `private`, `token`, `commit_message`, ...) are those of `push_to_hub`. Raises ValueError for
-        `safe_serialization=False`: weights are written as safetensors, since a pickle can run code when it is read.
+        Every file appears whole, the index last; other files of an existing folder stay. With
+        `push_to_hub=True` the remaining arguments (`repo_id`, `private`, `token`, ...) are those of
+        `push_to_hub`. Raises ValueError for `safe_serialization=False`: weights are written as
+        safetensors, since a pickle can run code when it is read.
         """
         if not safe_serialization:
             raise ValueError(
@@ -86,7 +92,8 @@ class SelfContainedMixin:
         target = Path(save_directory)
         if target.exists() and not target.is_dir():
             raise ValueError(f"save_directory must be a folder, but {str(target)!r} is a file; choose another name")
-        inside = target if target.is_dir() else target.absolute().parent  # the same file system, and surely writable
+        # Inside the target or beside it: the same file system, and surely writable.
+        inside = target if target.is_dir() else target.absolute().parent
         staging = inside / f".saving-{uuid.uuid4().hex}"
         staging.mkdir(parents=True)
         try:
@@ -106,7 +113,8 @@ class SelfContainedMixin:
         index = {}
         parts = {"": self, **{name: part for name, part in self.components.items() if part is not None}}
         for name, part in parts.items():
-            cls = type(getattr(part, "_orig_mod", part))  # torch.compile wraps the model in a class of its own
+            # torch.compile wraps the model in a class of its own.
+            cls = type(getattr(part, "_orig_mod", part))
             code = self._code[cls] if cls in self._code else _code_of(cls)
             if code is not None:
                 stem, text = code
@@ -119,19 +127,22 @@ class SelfContainedMixin:
                 )
         for file in (folder / self.config_name, *folder.glob("*/*config.json")):
             config = json.loads(file.read_text(encoding="utf-8"))
-            config.pop("_name_or_path", None)  # a path on this computer, which is nobody else's business
+            # A path on this computer is nobody else's business.
+            config.pop("_name_or_path", None)
             config.update(index if file.parent == folder else {})
             file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs):
-        """Load a folder or repository with the installed package's classes; code in the repository is never run.
+        """Load a folder or repository with the package's own classes; none of its code is run.
 
-        Takes the arguments of `DiffusionPipeline.from_pretrained`, `subfolder` of the repository, and `verify=True`, which compares what
-        was fetched with the Hub's checksums. Raises ValueError for a class that the package does not have and for
-        `use_safetensors=False`, OSError for files that are missing or damaged.
+        Takes the arguments of `DiffusionPipeline.from_pretrained`, `subfolder` of the repository,
+        and `verify=True`, which compares what was fetched with the Hub's checksums. Raises
+        ValueError for a class that the package does not have and for `use_safetensors=False`,
+        OSError for files that are missing or damaged.
         """
-        if not IN_PACKAGE:  # this class came from a repository: the stock loader, which asks for trust_remote_code
+        # A class that came from a repository: the stock loader, which asks for trust_remote_code.
+        if not IN_PACKAGE:
             return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
         if kwargs.pop("use_safetensors", None) is False:
             raise ValueError(
@@ -144,32 +155,21 @@ class SelfContainedMixin:
         return pipe
 
     @classmethod
+    def from_pipe(cls, pipeline: DiffusionPipeline, **kwargs):
+        """A pipeline of this class with the components and settings of another; see diffusers.
+
+        The stock method hands over networks of exactly the annotated classes, and ours say
+        `ModelMixin`.
+        """
+        expected, _ = cls._get_signature_keys(cls)
+        shared = {name: part for name, part in pipeline.components.items() if name in expected}
+        return super().from_pipe(pipeline, **{**shared, **kwargs})
+
+    @classmethod
     def load_config(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs):
         config = super().load_config(pretrained_model_name_or_path, **kwargs)
-        if IN_PACKAGE:  # from_pretrained reads the index here, and finds the package's modules in place of files
+        # from_pretrained reads the index here, and finds the package's modules in place of files.
+        if IN_PACKAGE:
             name_classes = importlib.import_module("hf_diffusion.hub.loading").name_package_classes
             name_classes(config[0] if isinstance(config, tuple) else config)
         return config
-
-    def get_label_ids(self, class_labels: int | str | list[int | str] | Tensor) -> list[int]:
-        """Class numbers for numbers and names; raises ValueError for those that the model does not know."""
-        labels = class_labels.flatten().tolist() if isinstance(class_labels, (Tensor, np.ndarray)) else class_labels
-        return [self._label_id(label) for label in (labels if isinstance(labels, (list, tuple, range)) else [labels])]
-
-    def _label_id(self, label: int | str) -> int:
-        if not isinstance(label, str):
-            if not isinstance(label, Integral) or isinstance(label, bool) or not 0 <= label < self.num_classes:
-                raise ValueError(f"class label {label!r} is not a class; this model knows 0 to {self.num_classes - 1}")
-            return int(label)
-        names = self.id2label or {}
-        found = [i for i, name in names.items() if name == label]
-        if len(found) > 1:
-            raise ValueError(f"the class name {label!r} stands for the classes {found}; give the number instead")
-        if not found:
-            known = ", ".join(list(names.values())[:20]) + (", ..." if len(names) > 20 else "")
-            near = difflib.get_close_matches(label, names.values(), n=1, cutoff=0.5)
-            hint = f"did you mean {near[0]!r}? " if near else ""
-            raise ValueError(
-                f"unknown class name {label!r}; {hint}" + (f"known: {known}" if names else "it has numbers only")
-            )
-        return found[0]

@@ -1,94 +1,32 @@
-"""Sampling with ClassifierGuidancePipeline: where the guided distribution is known, by hand-written loops, and its errors."""
+"""ClassifierGuidancePipeline: known distributions and loops by hand; see also test_contract.py."""
 
-import json
 import math
-import os
-import subprocess
-import sys
 import textwrap
-from pathlib import Path
 
 import pytest
 import torch
-from diffusers import DPMSolverMultistepScheduler
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
 
-import hf_diffusion
-from hf_diffusion.models.unet_adm import ADMClassifier, ADMUNet2DModel
-from hf_diffusion.pipelines.pipeline_classifier_free_guidance import ClassifierFreeGuidancePipeline
-from hf_diffusion.pipelines.pipeline_classifier_guidance import (
+from hf_diffusion import (
+    ClassifierFreeGuidancePipeline,
     ClassifierGuidancePipeline,
-    classifier_gradient,
-    gradient_of,
+    CosineDDPMScheduler,
+    DDIMEtaScheduler,
+    LinearDDPMScheduler,
 )
-from hf_diffusion.schedulers.scheduling_gaussian import CosineDDPMScheduler, DDIMEtaScheduler, LinearDDPMScheduler
+from hf_diffusion.pipelines.pipeline_classifier_guidance import classifier_gradient, gradient_of
+from tests.pipelines.tiny import make_classifier, sample, seeds
+from tests.pipelines.tiny import make_guided as make_pipe
 
 
-NAMES = {0: "cat", 1: "dog", 2: "crane", 3: "crane"}
-SMALL = {
-    "sample_size": 8,
-    "in_channels": 1,
-    "model_channels": 8,
-    "channel_mult": (1, 2),
-    "num_res_blocks": 1,
-    "attention_resolutions": (2,),
-    "num_heads": 2,
-    "norm_num_groups": 4,
-}
-
-
-def make_unet(classes: int | None = None, null_class: bool = True, learned_variance: bool = False, **options):
-    torch.manual_seed(0)
-    unet = ADMUNet2DModel(
-        **SMALL
-        | {
-            "out_channels": 2 if learned_variance else 1,
-            "num_class_embeds": classes,
-            "null_class": null_class and classes is not None,
-        }
-        | options
-    )
-    with torch.no_grad():  # the output layers start at zero, which would hide labels and timesteps
-        for parameter in unet.parameters():
-            parameter.normal_(std=0.15)
-    return unet.eval()
-
-
-def make_classifier(**options) -> ADMClassifier:
-    torch.manual_seed(1)
-    classifier = ADMClassifier(**SMALL | {"num_classes": 4, "id2label": NAMES} | options)
-    with torch.no_grad():
-        for parameter in classifier.parameters():
-            parameter.normal_(std=0.3)
-    return classifier.eval()
-
-
-def make_pipe(scheduler=None, classifier="default", **unet) -> ClassifierGuidancePipeline:
-    classifier = make_classifier() if classifier == "default" else classifier
-    pipe = ClassifierGuidancePipeline(make_unet(**unet), classifier, scheduler or LinearDDPMScheduler())
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
-
-
-def seeds(*numbers: int) -> list[torch.Generator]:
-    return [torch.Generator().manual_seed(number) for number in numbers]
-
-
-def sample(pipe, labels=None, **options) -> torch.Tensor:
-    """x_0 as the scheduler leaves it; 3 steps, one seed for each image."""
-    options = {"num_inference_steps": 3, "output_type": "latent", **options}
-    if labels is not None:
-        options.setdefault("generator", seeds(*range(len(labels))))
-    return pipe(labels, **options).images
-
-
-# --- known densities ------------------------------------------------------------------------------------------------------
-# Images of 1 x 1 x 2 numbers are points of the plane, and the networks below know the answers for their distributions.
+# --- known densities ------------------------------------------------------------------------------
+# Images of 1 x 1 x 2 numbers are points of the plane, and the networks below know the answers for
+# their distributions.
 
 
 class Gaussian(ModelMixin, ConfigMixin):
-    """The exact noise prediction for x_0 ~ N(0, covariance), from alpha_bar of the scheduler (T,)."""
+    """The exact noise prediction for x_0 ~ N(0, covariance); alpha_bar (T,) is the scheduler's."""
 
     @register_to_config
     def __init__(self, covariance: list, alpha_bar: list, sample_size: tuple = (1, 2), in_channels: int = 1):
@@ -159,7 +97,9 @@ def points_of(pipe, count: int, steps: int, seed: int = 0, **options) -> torch.T
     labels = options.pop("class_labels", None)
     sizes = {"batch_size": count} if labels is None else {"class_labels": labels, "num_images_per_label": count}
     options |= {"num_inference_steps": steps, "generator": generator, "output_type": "latent"}
-    return pipe(**sizes, **options, micro_batch_size=count, classifier_micro_batch_size=count).images.reshape(-1, 2)
+    return pipe(**sizes, **options, micro_batch_size=2 * count, classifier_micro_batch_size=2 * count).images.reshape(
+        -1, 2
+    )
 
 
 def known_pipe(scheduler, unet, classifier=None):
@@ -176,14 +116,14 @@ def assert_moments(points, mean, covariance, slack: float) -> None:
 
 
 @pytest.mark.parametrize("eta", [None, 0.0, 1.0])
-@pytest.mark.parametrize("label", [0, 1])
-def test_a_scale_of_1_turns_a_mixture_into_the_component_asked_for(eta, label):
+def test_a_scale_of_1_turns_a_mixture_into_the_component_asked_for(eta):
     scheduler = LinearDDPMScheduler(clip_sample=False) if eta is None else DDIMEtaScheduler(clip_sample=False, eta=eta)
     alpha_bar = scheduler.alpha_bar.tolist()
     pipe = known_pipe(scheduler, Mixture(alpha_bar), MixtureClassifier(alpha_bar))
-    points = points_of(pipe, 4000, 400, class_labels=label, guidance_scale=1.0)
+    points = points_of(pipe, 2000, 250, class_labels=[0, 1], guidance_scale=1.0)
     covariance = Mixture.STD**2 * torch.eye(2, dtype=torch.float64)
-    assert_moments(points, Mixture.MEANS[label], covariance, slack=0.01)
+    for mean, of_one_class in zip(Mixture.MEANS, points.chunk(2)):
+        assert_moments(of_one_class, mean, covariance, slack=0.01)
 
 
 @pytest.mark.parametrize("scheduler", [LinearDDPMScheduler, DDIMEtaScheduler])
@@ -220,7 +160,8 @@ def observe(scheduler):
 @pytest.mark.parametrize("eta", [None, 0.0, 0.6])
 @pytest.mark.parametrize("scale", [0.5, 4.0])
 def test_guided_samples_have_the_mean_and_covariance_that_the_chain_of_steps_gives(eta, scale):
-    # Gaussian data and a linear gradient make every step affine, so that the moments follow a recursion.
+    # Gaussian data and a linear gradient make every step affine, so that the moments follow a
+    # recursion.
     scheduler = LinearDDPMScheduler(clip_sample=False) if eta is None else DDIMEtaScheduler(clip_sample=False, eta=eta)
     unet = Gaussian(COVARIANCE.tolist(), scheduler.alpha_bar.tolist())
     pipe = known_pipe(scheduler, unet)
@@ -269,7 +210,7 @@ def test_gradient_steps_follow_a_steep_slope_where_one_step_overshoots():
     assert abs(1 - 3.0 * weight) > 1 > (1 - 3.0 * weight / 8) ** 8 > 0
 
 
-# --- loops written by hand ------------------------------------------------------------------------------------------------
+# --- loops written by hand ------------------------------------------------------------------------
 
 
 def hand_written_noise(generators, t) -> torch.Tensor:
@@ -360,7 +301,7 @@ def test_the_classifier_sees_the_timestep_that_the_unet_sees():
     assert seen["unet"] == seen["classifier"] == pipe.scheduler.timesteps.tolist()
 
 
-# --- gradients ------------------------------------------------------------------------------------------------------------
+# --- gradients ------------------------------------------------------------------------------------
 
 
 def test_only_the_classifier_records_a_graph_and_its_parameters_get_no_gradient():
@@ -405,7 +346,8 @@ class LinearClassifier(ModelMixin, ConfigMixin):
 
 @pytest.mark.parametrize("gain, x", [(12.0, 1.6), (600.0, 0.0), (12.0, -0.5)])
 def test_a_gradient_in_float16_neither_vanishes_nor_overflows(gain, x):
-    # 12 / (1 + exp(19.2)) = 5e-8 is below float16's smallest number, and 2^10 * 300 above its largest one
+    # 12 / (1 + exp(19.2)) = 5e-8 is below float16's smallest number, and 2^10 * 300 above its
+    # largest one
     x_t, labels = torch.full((2, 1, 1, 1), x), torch.tensor([0, 0])
     exact = classifier_gradient(LinearClassifier(gain), x_t, 0, labels)
     half = classifier_gradient(LinearClassifier(gain).half(), x_t, 0, labels)
@@ -443,124 +385,13 @@ def test_gradient_of_a_log_probability_is_its_derivative():
     assert not x.requires_grad
 
 
-# --- saving and loading -----------------------------------------------------------------------------------------------------
-
-CHILD = """
-import json, os, sys, torch
-if sys.argv[1] == "absent":
-    sys.modules["hf_diffusion"] = None  # import hf_diffusion raises ModuleNotFoundError
-from diffusers import DiffusionPipeline
-def mean(pipe):
-    pipe.set_progress_bar_config(disable=True)
-    images = pipe(["cat", 1], num_inference_steps=3, generator=[torch.Generator().manual_seed(i) for i in range(2)], output_type="latent").images
-    return images.flatten().tolist()
-seen = {}
-if sys.argv[1] == "absent":
-    pipe = DiffusionPipeline.from_pretrained("both", trust_remote_code=True)
-    seen["stock"] = mean(pipe)
-    pipe.save_pretrained("again")
-    seen["again"] = mean(DiffusionPipeline.from_pretrained("again", trust_remote_code=True))
-else:
-    from hf_diffusion import ADMClassifier, ClassifierGuidancePipeline
-    seen["own"] = mean(ClassifierGuidancePipeline.from_pretrained("both"))
-    seen["swapped in"] = mean(ClassifierGuidancePipeline.from_pretrained("without", classifier=ADMClassifier.from_pretrained("classifier")))
-    seen["by name"] = mean(ClassifierGuidancePipeline.from_pretrained("plain", classifier=ADMClassifier.from_pretrained("classifier")))
-print("SEEN", json.dumps(seen))
-"""
+# --- parts that do not fit ------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("package", ["present", "absent"])
-def test_a_saved_pipeline_samples_the_same_in_a_fresh_process(package, tmp_path):
-    pipe = make_pipe()
-    pipe.save_pretrained(tmp_path / "both")
-    pipe.classifier.save_pretrained(tmp_path / "classifier")
-    make_pipe(classifier=None).save_pretrained(tmp_path / "without")
-    ClassifierFreeGuidancePipeline(pipe.unet, pipe.scheduler).save_pretrained(tmp_path / "plain")
-    env = {**os.environ, "PYTHONPATH": str(Path(hf_diffusion.__file__).parents[1]) if package == "present" else ""}
-    env |= {"HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HUB_OFFLINE": "1"}
-    env["OMP_NUM_THREADS"] = str(torch.get_num_threads())
-    done = subprocess.run(
-        [sys.executable, "-c", CHILD, package], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=300
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    expected = sample(pipe, [0, 1]).flatten()
-    for name, values in json.loads(done.stdout.rsplit("SEEN ", 1)[1]).items():
-        assert torch.equal(torch.tensor(values), expected), name
-
-
-# --- errors -----------------------------------------------------------------------------------------------------------------
-
-ZERO_SNR = {"rescale_betas_zero_snr": True, "prediction_type": "v_prediction"}
-MISTAKES = {
-    "class count": ({"classes": 3}, {}, "the classifier is one of 4 classes and the U-Net of 3"),
-    "image size": ({"sample_size": 16}, {}, r"one of \(8, 8\) pixels and the U-Net of \(16, 16\)"),
-    "channels": ({"in_channels": 3, "out_channels": 3}, {}, "one of 1 channels and the U-Net of 3"),
-    "unknown number": ({}, {"class_labels": [4]}, "class label 4 is not a class; this model knows 0 to 3"),
-    "misspelt name": ({}, {"class_labels": ["dgo"]}, "did you mean 'dog'.*cat, dog"),
-    "ambiguous name": ({}, {"class_labels": ["crane"]}, r"stands for the classes \[2, 3\]"),
-    "negative scale": ({}, {"class_labels": [0], "guidance_scale": -1.0}, "guidance_scale must be .* not -1.0"),
-    "no number": ({}, {"class_labels": [0], "guidance_scale": float("nan")}, "guidance_scale must be .* not nan"),
-    "negative classifier-free scale": (
-        {"classes": 4},
-        {"class_labels": [0], "classifier_free_guidance_scale": -1.0},
-        "classifier_free_guidance_scale must be .* not -1.0",
-    ),
-    "classifier-free without null class": (
-        {"classes": 4, "null_class": False},
-        {"class_labels": [0], "classifier_free_guidance_scale": 2.0},
-        "needs a U-Net that was trained with a null class",
-    ),
-    "scheduler": (
-        {"scheduler": DPMSolverMultistepScheduler()},
-        {"class_labels": [0]},
-        "DPMSolverMultistepScheduler takes no gradient.*DDIMEtaScheduler",
-    ),
-    "scheduler without signal": (
-        {"scheduler": DDIMEtaScheduler(**ZERO_SNR, timestep_spacing="trailing")},
-        {"class_labels": [0], "guidance_interval": (0.0, 1.0)},
-        r"timestep 999 has no signal .*leave guidance_interval out",
-    ),
-    "labels missing": ({}, {}, "needs class_labels to guide towards"),
-    "labels missing for the U-Net": (
-        {"classes": 4, "null_class": False},
-        {"guidance_scale": 0.0},
-        "class_labels are missing",
-    ),
-    "labels without classes": ({"classifier": None}, {"class_labels": [0]}, "models without classes"),
-    "no classifier": ({"classifier": None}, {}, "needs a classifier or a guidance_fn"),
-    "interval": (
-        {},
-        {"class_labels": [0], "guidance_interval": (0.7, 0.2)},
-        r"guidance_interval must be .*not \(0.7, 0.2\)",
-    ),
-    "gradient_steps": ({}, {"class_labels": [0], "gradient_steps": 0}, "gradient_steps must be .* not 0"),
-    "batch_size against labels": ({}, {"class_labels": [0, 1], "batch_size": 3}, "the labels make 2"),
-    "no images": ({}, {"class_labels": []}, "at least 1"),
-    "no steps": ({}, {"class_labels": [0], "num_inference_steps": 0}, "num_inference_steps must be"),
-    "eta": ({}, {"class_labels": [0], "eta": 0.5}, "LinearDDPMScheduler has no eta"),
-    "generators": ({}, {"class_labels": [0, 1], "generator": seeds(0)}, "1 generators were given for 2 images"),
-    "latents": ({}, {"class_labels": [0], "latents": torch.zeros(1, 3, 8, 8)}, r"this call needs \(1, 1, 8, 8\)"),
-    "output_type": ({}, {"class_labels": [0], "output_type": "jpeg"}, "unknown output_type 'jpeg'"),
-    "micro_batch_size": (
-        {},
-        {"class_labels": [0], "classifier_micro_batch_size": 0},
-        "classifier_micro_batch_size must be",
-    ),
-    "callback inputs": (
-        {},
-        {"class_labels": [0], "callback_on_step_end_tensor_inputs": ["t"]},
-        r"knows \['latents'\], not \['t'\]",
-    ),
-}
-
-
-@pytest.mark.parametrize("mistake", MISTAKES)
-def test_a_mistake_is_named_before_any_network_is_asked(mistake, monkeypatch):
-    options, call, message = MISTAKES[mistake]
-    for network in (ADMUNet2DModel, ADMClassifier):
-        monkeypatch.setattr(network, "forward", lambda *_, **__: pytest.fail("a network was asked"))
-    with pytest.raises(ValueError, match=message):
-        make_pipe(**options)(**call)
+def test_a_classifier_exchanged_in_a_saved_pipeline_or_another_one_guides_the_same(outcome):
+    expected = outcome.references["ClassifierGuidancePipeline"]
+    for pipeline in ("no classifier", "no guidance"):
+        assert (outcome.images(f"{pipeline}: classifier put in") == expected).all()
 
 
 def test_a_classifier_of_another_noise_schedule_is_refused():
@@ -569,6 +400,15 @@ def test_a_classifier_of_another_noise_schedule_is_refused():
     with pytest.raises(ValueError, match="beta_schedule='squaredcos_cap_v2', but the scheduler has 'linear'"):
         make_pipe(classifier=classifier)
     assert sample(make_pipe(CosineDDPMScheduler(), classifier=classifier), [0]).shape == (1, 1, 8, 8)
+
+
+def test_a_classifier_of_other_images_is_refused():
+    for changes, message in (
+        ({"sample_size": 16}, r"one of \(16, 16\) pixels and the U-Net of \(8, 8\)"),
+        ({"in_channels": 3}, "one of 3 channels and the U-Net of 1"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            make_pipe(classifier=make_classifier(**changes))
 
 
 def test_a_classifier_exchanged_after_loading_is_checked_at_the_call():
