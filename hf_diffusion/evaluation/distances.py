@@ -1,8 +1,9 @@
 """Distances between sets of feature vectors, and their errors.
 
-Frechet distance: Heusel et al. 2017, arXiv:1706.08500. Kernel distance: Binkowski et al. 2018, arXiv:1801.01401. Precision and
-recall: Kynkaanniemi et al. 2019, arXiv:1904.06991. Letters: N or M vectors, D features, G groups. Features are float32,
-everything that is computed from them is float64.
+Frechet distance: Heusel et al. 2017, arXiv:1706.08500. Kernel distance: Binkowski et al. 2018,
+arXiv:1801.01401. Precision and
+recall: Kynkaanniemi et al. 2019, arXiv:1904.06991. Letters: N or M vectors, D features, G groups.
+Features are float32, everything that is computed from them is float64.
 """
 
 from collections.abc import Sequence
@@ -13,13 +14,14 @@ from accelerate.utils import reduce
 from torch import Tensor
 
 
-KEPT_FEATURES = 10_000  # of each side, for the measures that compare single images
+# Of each side, for the measures that compare single samples.
+KEPT_FEATURES = 10_000
 PR_NEIGHBOURS = 3
 JACKKNIFE_GROUPS = 10
 
 
 class Moments:
-    """Sums of features in float64 from which mean and covariance follow, kept apart for `groups` groups of images.
+    """Sums of features in float64 from which mean and covariance follow, apart for each group.
 
     The sums are added up over processes, so no process needs to hold all features.
     """
@@ -53,7 +55,10 @@ class Moments:
 
 
 def frechet_distance(a: tuple[Tensor, Tensor], b: tuple[Tensor, Tensor]) -> float:
-    """Squared Frechet (2-Wasserstein) distance of two Gaussians given as (mean (D,), covariance (D, D)), Eq. 6 of 1706.08500."""
+    """Squared Frechet (2-Wasserstein) distance of two Gaussians, Eq. 6 of 1706.08500.
+
+    Each is given as (mean (D,), covariance (D, D)).
+    """
     return _frechet_to(_square_root(b[1].double()), a, b)
 
 
@@ -64,15 +69,19 @@ def _square_root(covariance: Tensor) -> Tensor:
 
 def _frechet_to(root: Tensor, a: tuple[Tensor, Tensor], b: tuple[Tensor, Tensor]) -> float:
     (mean_a, cov_a), (mean_b, cov_b) = (tuple(part.double().to(root.device) for part in side) for side in (a, b))
-    # tr sqrt(A B) = tr sqrt(sqrt(B) A sqrt(B)), and the latter is symmetric: real eigenvalues, no complex matrix root
+    # tr sqrt(A B) = tr sqrt(sqrt(B) A sqrt(B)), and the latter is symmetric: real eigenvalues, no
+    # complex matrix root
     cross = torch.linalg.eigvalsh(root @ cov_a @ root).clamp(min=0).sqrt().sum()
     return float((mean_a - mean_b).square().sum() + cov_a.trace() + cov_b.trace() - 2 * cross)
 
 
 def frechet_with_error(samples: Moments, reference: tuple[Tensor, Tensor]) -> tuple[float, float]:
-    """The distance of all samples and its standard error, by leaving out one group of samples at a time (jackknife).
+    """The distance of all samples and its standard error.
 
-    The error is that of drawing other samples against the same reference; the bias of a finite N is not in it.
+    One group of samples at a time is left out (jackknife).
+
+    The error is that of drawing other samples against the same reference; the bias of a finite N is
+    not in it.
     """
     root = _square_root(reference[1].double())
     value = _frechet_to(root, samples.mean_and_covariance(), reference)
@@ -82,17 +91,19 @@ def frechet_with_error(samples: Moments, reference: tuple[Tensor, Tensor]) -> tu
 
 
 def kernel_distance(real: Tensor, fake: Tensor, block: int | None = None) -> tuple[float, float]:
-    """Unbiased squared MMD with the kernel (x . y / D + 1)^3, the mean over disjoint blocks, and its standard error.
+    """Unbiased squared MMD with the kernel (x . y / D + 1)^3, and its standard error.
 
-    real (N, D), fake (M, D), each in random order. Blocks have `block` images, by default a tenth of the smaller side and at
-    most 1000; they share no image, so that their spread tells the error.
+    It is the mean over disjoint blocks.
+
+    real (N, D), fake (M, D), each in random order. Blocks have `block` images, by default a tenth
+    of the smaller side and at most 1000; they share no image, so that their spread tells the error.
     """
     smaller = min(len(real), len(fake))
     size = block or min(1000, smaller // 10)
     if size < 2 or smaller < 2 * size:
         raise ValueError(
-            f"the kernel distance needs two blocks of at least 2 images a side, got {len(real)} and {len(fake)} images with "
-            f"blocks of {size}; give at least 20 images"
+            f"the kernel distance needs two blocks of at least 2 samples a side, got {len(real)} and {len(fake)} "
+            f"samples with blocks of {size}; give at least 20"
         )
     blocks = [
         _squared_mmd(real[start : start + size].double(), fake[start : start + size].double())
@@ -106,17 +117,17 @@ def _squared_mmd(x: Tensor, y: Tensor) -> float:
         return (a @ b.T / a.shape[1] + 1) ** 3
 
     n, xx, yy = len(x), kernel(x, x), kernel(y, y)
-    within = (xx.sum() - xx.trace() + yy.sum() - yy.trace()) / (
-        n * (n - 1)
-    )  # without the pairs of an image with itself
+    # Without the pairs of a sample with itself.
+    within = (xx.sum() - xx.trace() + yy.sum() - yy.trace()) / (n * (n - 1))
     return float(within - 2 * kernel(x, y).mean())
 
 
 def precision_recall(real: Tensor, fake: Tensor, neighbours: int = PR_NEIGHBOURS) -> tuple[float, float]:
-    """Shares of fakes within the k-nearest-neighbour balls of the reals, and of reals within those of the fakes; (N, D), (M, D)."""
+    """Shares of fakes (M, D) within the k-nearest-neighbour balls of the reals (N, D), and of reals
+    within those of the fakes."""
     if min(len(real), len(fake)) <= neighbours:
         raise ValueError(
-            f"precision and recall with {neighbours} neighbours need more than {neighbours} images a side, got "
+            f"precision and recall with {neighbours} neighbours need more than {neighbours} samples a side, got "
             f"{len(real)} real and {len(fake)} generated ones"
         )
     real, fake = real.double(), fake.double()
@@ -126,15 +137,19 @@ def precision_recall(real: Tensor, fake: Tensor, neighbours: int = PR_NEIGHBOURS
 def precision_recall_with_error(
     real: Tensor, fake: Tensor, group: Tensor, neighbours: int = PR_NEIGHBOURS
 ) -> tuple[tuple[float, float], tuple[float, float]]:
-    """Precision and recall, each with its standard error, by leaving out one group of fakes at a time (jackknife); group int64 (M,).
+    """Precision and recall, each with its standard error; group int64 (M,) is that of each fake.
 
-    The errors are those of drawing other fakes against the same reals, as for the Frechet distance; that of recall, which is no mean over
-    images, comes out up to 1.4 times too large (N 300 to 500 of 4 to 64 features). No bootstrap: a fake that is drawn twice is its own nearest
-    neighbour, which shrinks the balls.
+    One group of fakes at a time is left out (jackknife).
+
+    The errors are those of drawing other fakes against the same reals, as for the Frechet distance;
+    that of recall, which is no mean over images, comes out up to 1.4 times too large (N 300 to 500
+    of 4 to 64 features). No bootstrap: a fake that is drawn twice is its own nearest neighbour,
+    which shrinks the balls.
     """
     values = precision_recall(real, fake, neighbours)
     real, fake = real.double(), fake.double()
-    inside = _inside(fake, real, neighbours)  # of one fake no other fake decides
+    # Of one fake no other fake decides.
+    inside = _inside(fake, real, neighbours)
     kept = [group != g for g in group.unique().tolist()]
     precisions = [float(inside[rows].double().mean()) for rows in kept]
     recalls = [_covered(real, fake[rows], neighbours) for rows in kept]
@@ -143,21 +158,24 @@ def precision_recall_with_error(
 
 
 def _covered(points: Tensor, centres: Tensor, neighbours: int, rows: int = 1000) -> float:
-    """Share of the points that lie nearer to some centre than its k-th neighbour among the centres."""
+    """Share of points that lie nearer to some centre than its k-th neighbour among the centres."""
     return float(_inside(points, centres, neighbours, rows).double().mean())
 
 
 def _inside(points: Tensor, centres: Tensor, neighbours: int, rows: int = 1000) -> Tensor:
-    """Which of the points (N,) lie nearer to some centre than its k-th neighbour among the centres."""
-    # k + 1, because each centre is its own nearest
+    """Which points (N,) lie nearer to some centre than its k-th neighbour among the centres."""
+    # k + 1, because each centre is its own nearest.
     radius = torch.cat([torch.cdist(some, centres).kthvalue(neighbours + 1).values for some in centres.split(rows)])
     return torch.cat([(torch.cdist(some, centres) < radius).any(1) for some in points.split(rows)])
 
 
 def jackknife_groups(count: int, labels: Sequence[int] | None, groups: int = JACKKNIFE_GROUPS) -> Tensor:
-    """A random but fixed group for each of `count` images, int64 (count,), with equal shares of every class in each group.
+    """A random but fixed group for each of `count` samples, int64 (count,).
 
-    The classes are asked for and not drawn, so their numbers must not add to the spread over groups.
+    Each group has the same share of every class.
+
+    The classes are asked for and not drawn, so their numbers must not add to the spread over
+    groups.
     """
     order = torch.randperm(count, generator=torch.Generator().manual_seed(1))
     if labels is not None:
@@ -166,7 +184,10 @@ def jackknife_groups(count: int, labels: Sequence[int] | None, groups: int = JAC
 
 
 def selection(count: int, reference_count: int) -> tuple[Tensor, Tensor]:
-    """Which generated and which real images, in which order, enter the measures of single images; the same on every machine."""
+    """Which generated and which real samples, in which order, the measures of single samples see.
+
+    They are the same on every machine.
+    """
     generator = torch.Generator().manual_seed(0)
     real = torch.randperm(reference_count, generator=generator)[:KEPT_FEATURES]
     return torch.randperm(count, generator=generator)[:KEPT_FEATURES], real
@@ -177,7 +198,7 @@ def in_order(parts: list[tuple[np.ndarray, np.ndarray]], count: int) -> Tensor:
     places, features = (np.concatenate(arrays) for arrays in zip(*parts))
     if len(places) != count:
         raise ValueError(
-            f"{len(places)} of the {count} chosen images were measured; some chunk is missing or counted twice"
+            f"{len(places)} of the {count} chosen samples were measured; some chunk is missing or counted twice"
         )
     ordered = np.empty_like(features)
     ordered[places] = features

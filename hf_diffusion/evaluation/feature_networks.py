@@ -1,35 +1,45 @@
-"""Networks whose features images are compared in: Inception, a file of one's own, a saved classifier, or the pixels.
+"""Networks whose features samples are compared in: Inception, a file, a classifier, raw values.
 
-Files are TorchScript, which runs no Python of the file's author, or safetensors of an architecture that is known here; no pickle
-with code is opened. Letters: B images, C channels, H x W pixels, D features. A network is named and hashed: a distance means
-nothing without both.
+Files are TorchScript, which runs no Python of the file's author, or safetensors of an architecture
+that is known here; no pickle with code is opened. A network is named and hashed: a distance means
+nothing without both. Letters: B samples, C channels, H x W pixels, D features.
 """
 
-import hashlib
 import json
+import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from hf_diffusion.data.pixels import to_network_range
+from hf_diffusion.evaluation.inception import inception
+from hf_diffusion.evaluation.network_files import hash_tensors, torch_script
+from hf_diffusion.files import sha256
+from hf_diffusion.models.unet_adm import ADMClassifier
 
-MOST_PIXELS = 4096  # as features; their covariance has the square of this number of entries
+
+# As features; their covariance has the square of this number of entries.
+MOST_PIXELS = 4096
+FEATURE_BATCH = 250
 
 
 @dataclass(frozen=True)
 class FeatureNetwork:
-    """A function of images float32 (B, C, H, W) in [-1, 1] to features (B, D), and what it is called.
+    """A function of data float32 (B, *shape), as networks see it, to features (B, D), and its name.
 
-    `classify` gives logits (B, classes), None for a network without classes. Calling checks what comes out.
+    Images are (B, C, H, W) in [-1, 1]. `classifier` gives logits (B, classes), None for a network
+    without classes. `digest` is that of the weights. Calling checks what comes out.
     """
 
     name: str
-    digest: str  # of the weights
+    digest: str
     function: Callable[[Tensor], Tensor] | None
     dimension: int
     device: torch.device
@@ -37,33 +47,40 @@ class FeatureNetwork:
     is_inception: bool = False
 
     @torch.no_grad()
-    def __call__(self, images: Tensor) -> Tensor:
-        return self._checked(self.function, images)
+    def __call__(self, x: Tensor) -> Tensor:
+        return self._checked(self.function, x)
 
     @torch.no_grad()
-    def classify(self, images: Tensor) -> Tensor:
+    def classify(self, x: Tensor) -> Tensor:
         """Logits (B, classes)."""
-        return self._checked(self.classifier, images)
+        return self._checked(self.classifier, x)
 
-    def _checked(self, function: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
+    def features(self, samples: np.ndarray) -> Tensor:
+        """Features float32 (N, D) on the CPU of samples as `draw` gives them, in batches."""
+        return _in_batches(self, samples)
+
+    def logits(self, samples: np.ndarray) -> Tensor:
+        """Logits float32 (N, classes) on the CPU of samples as `draw` gives them, in batches."""
+        return _in_batches(self.classify, samples)
+
+    def _checked(self, function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         try:
-            output = function(images.to(self.device))
-        except (RuntimeError, TypeError) as error:  # RuntimeError is what torch raises for shapes that do not fit
+            output = function(x.to(self.device))
+        # RuntimeError is what torch raises for shapes that do not fit.
+        except (RuntimeError, TypeError) as error:
             if isinstance(error, torch.OutOfMemoryError):
                 raise
             reason = str(error).strip().splitlines()[-1]
-            raise ValueError(
-                f"the network {self.name} does not take images {tuple(images.shape)}: {reason}"
-            ) from error
-        if not isinstance(output, Tensor) or output.ndim != 2 or len(output) != len(images):
+            raise ValueError(f"the network {self.name} does not take samples {tuple(x.shape)}: {reason}") from error
+        if not isinstance(output, Tensor) or output.ndim != 2 or len(output) != len(x):
             shown = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
             raise ValueError(
-                f"the network {self.name} must give one row an image, (B, D); for {len(images)} it gave {shown}"
+                f"the network {self.name} must give one row a sample, (B, D); for {len(x)} it gave {shown}"
             )
         output = output.float()
         if not output.isfinite().all():
             raise ValueError(
-                f"the network {self.name} gives NaN or infinity for some image, so nothing can be measured"
+                f"the network {self.name} gives NaN or infinity for some sample, so nothing can be measured"
             )
         return output
 
@@ -73,7 +90,7 @@ class FeatureNetwork:
 
 
 class ResNetFeatures(nn.Module):
-    """A small residual network for small grey images with 4 * width features; the form of a saved Fashion-MNIST ruler.
+    """A small residual network with 4 * width features; the form of a saved Fashion-MNIST ruler.
 
     forward: (B, 1, H, W) in [-1, 1] -> (B, 4 * width); `head` turns features into logits.
     """
@@ -106,111 +123,105 @@ class _Block(nn.Module):
 
 def load_feature_network(
     spec: str | os.PathLike,
-    channels: int,
-    size: tuple[int, int],
+    shape: Sequence[int],
     device: torch.device | str = "cpu",
     inception_weights: str | os.PathLike | None = None,
 ) -> FeatureNetwork:
-    """The network for images of `channels` and `size` (H, W) that `spec` names.
+    """The network for samples of `shape`, (C, H, W) for images, that `spec` names.
 
-    "pixels": the pixels themselves. "inception": the 2048 features of FID, from `inception_weights` (the TorchScript
-    file inception-2015-12-05.pt, or weights for torch-fidelity) or by torch-fidelity's download. Else a path: a .safetensors file
-    of `ResNetFeatures`, the folder of a saved ADMClassifier (it classifies, and its logits are the features), or a TorchScript
-    module from images float32 in [-1, 1] to (B, D). ValueError for what cannot be loaded or does not take such images; ImportError
-    where torch-fidelity is missing.
+    - "pixels": the raw values.
+    - "inception": the 2048 features of FID, from `inception_weights` (the TorchScript file
+      inception-2015-12-05.pt, or weights for torch-fidelity) or by torch-fidelity's download.
+    - a .safetensors file of `ResNetFeatures`.
+    - the folder of a saved ADMClassifier: it classifies, and its logits are the features.
+    - a TorchScript module from float32 (B, *shape), images in [-1, 1], to (B, D).
+
+    ValueError for what cannot be loaded or does not take such samples; ImportError where
+    torch-fidelity is missing.
     """
-    device = torch.device(device)
+    device, shape = torch.device(device), tuple(shape)
     if spec == "pixels":
-        return _pixels(channels, size, device)
+        return _pixels(shape, device)
     if spec == "inception":
-        name, digest, function, classifier = _inception(inception_weights, device)
+        if len(shape) != 3:
+            raise ValueError(
+                f"features 'inception' are those of images, and these samples have the shape {shape}; give 'pixels', "
+                "which are their raw values, or a network's file"
+            )
+        name, digest, function, classifier = inception(inception_weights, device)
     else:
         name, digest, function, classifier = _from_file(Path(spec), device)
     network = FeatureNetwork(name, digest, function, 0, device, classifier, spec == "inception")
-    probe = network(torch.zeros(2, channels, *size))  # now, and not after hours of sampling
+    # Now, and not after hours of sampling.
+    probe = network(torch.zeros(2, *shape))
     return replace(network, dimension=probe.shape[1])
 
 
 def load_classifier(
-    spec: str | os.PathLike, channels: int, size: tuple[int, int], device: torch.device | str = "cpu"
+    spec: str | os.PathLike, shape: Sequence[int], device: torch.device | str = "cpu"
 ) -> FeatureNetwork:
-    """The classifier in a file or folder, see `load_feature_network`; what a TorchScript module gives is taken for logits."""
+    """The classifier in a file or folder; what TorchScript gives is taken for logits.
+
+    See `load_feature_network`.
+    """
     if spec in ("pixels", "inception"):
         raise ValueError(f"{spec!r} is no classifier; give a file or folder")
-    network = load_feature_network(spec, channels, size, device)
+    network = load_feature_network(spec, shape, device)
     return network if network.classifier else replace(network, classifier=network.function)
 
 
 def feature_network(
     module: nn.Module, name: str, example: Tensor, classifier: Callable | None = None
 ) -> FeatureNetwork:
-    """Any module as a feature network, in evaluation mode; `example` (B, C, H, W) in [-1, 1] shows how many features it has."""
+    """Any module, in evaluation mode; `example` (B, *shape) shows how many features it has."""
     module = module.eval()
     device = next((p.device for p in module.parameters()), example.device)
     network = FeatureNetwork(name, hash_tensors(module.state_dict()), module, 0, device, classifier)
     return replace(network, dimension=network(example).shape[1])
 
 
-def network_range(images: np.ndarray) -> Tensor:
-    """uint8 (B, H, W, C) as float32 (B, C, H, W) in [-1, 1]."""
-    return torch.from_numpy(np.ascontiguousarray(images.transpose(0, 3, 1, 2))).float().div_(127.5).sub_(1)
+def network_input(samples: np.ndarray) -> Tensor:
+    """Samples as `draw` gives them in the form that networks see.
+
+    Images become float32 (B, C, H, W) in [-1, 1], others stay as they are.
+    """
+    if samples.dtype == np.uint8:
+        return to_network_range(np.ascontiguousarray(samples.transpose(0, 3, 1, 2)))
+    return torch.from_numpy(np.asarray(samples, dtype=np.float32))
 
 
-def hash_tensors(tensors: dict[str, Tensor]) -> str:
-    """sha256 of names, dtypes, shapes and bytes, the same on every device."""
-    digest = hashlib.sha256()
-    for name in sorted(tensors):
-        tensor = tensors[name].detach().cpu().contiguous()
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)};".encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()
+def _in_batches(function: Callable[[Tensor], Tensor], samples: np.ndarray) -> Tensor:
+    starts = range(0, len(samples), FEATURE_BATCH)
+    return torch.cat([function(network_input(samples[start : start + FEATURE_BATCH])).cpu() for start in starts])
 
 
-def hash_file(path: Path) -> str:
-    """sha256 of a file."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _pixels(channels: int, size: tuple[int, int], device: torch.device) -> FeatureNetwork:
-    dimension = channels * size[0] * size[1]
+def _pixels(shape: tuple[int, ...], device: torch.device) -> FeatureNetwork:
+    dimension = math.prod(shape)
     if dimension > MOST_PIXELS:
         raise ValueError(
-            f"features 'pixels' are meant for up to {MOST_PIXELS} values, these images have {dimension}; give a network's file, "
-            "or 'inception'"
+            f"features 'pixels' are meant for up to {MOST_PIXELS} values, these samples have {dimension}; give a "
+            "network's file, or 'inception'"
         )
-    return FeatureNetwork("pixels", "none", lambda images: images.flatten(1), dimension, device)
+    return FeatureNetwork("pixels", "none", lambda x: x.flatten(1), dimension, device)
 
 
 def _from_file(path: Path, device: torch.device) -> tuple:
     if not path.exists():
         raise ValueError(
-            f"the network {str(path)!r} is not there; give 'pixels', 'inception', a .safetensors or TorchScript file, or the "
-            "folder of a saved classifier"
+            f"the network {str(path)!r} is not there; give 'pixels', 'inception', a .safetensors or TorchScript file, "
+            "or the folder of a saved classifier"
         )
     if path.is_dir():
         return _classifier_folder(path, device)
     if path.suffix == ".safetensors":
         net = _residual_network(path).to(device).eval()
-        # of the tensors, since the order of a file's metadata is not the same in every process
+        # Of the tensors, since the order of a file's metadata is not the same in every process.
         return path.stem, hash_tensors(net.state_dict()), net, lambda images: net.head(net(images))
-    net = _torch_script(path, device)
-    return path.stem, hash_file(path), net, None
-
-
-def _torch_script(path: Path, device: torch.device) -> torch.jit.ScriptModule:
-    try:
-        return torch.jit.load(str(path), map_location=device).eval()
-    except RuntimeError as error:
-        raise ValueError(
-            f"{path} is not TorchScript; save the network with torch.jit.script(net).save(...), since a pickled "
-            "file could run code when it is opened"
-        ) from error
+    net = torch_script(path, device)
+    return path.stem, sha256(path), net, None
 
 
 def _residual_network(path: Path) -> ResNetFeatures:
-    from safetensors.torch import load_file
-
     state = load_file(path)
     try:
         stem, head = state["stem.weight"], state["head.weight"]
@@ -218,15 +229,14 @@ def _residual_network(path: Path) -> ResNetFeatures:
         net.load_state_dict(state)
     except (KeyError, RuntimeError) as error:
         raise ValueError(
-            f"{path} does not hold a network of the form of hf_diffusion.evaluation.feature_networks.ResNetFeatures, the only one known here; "
-            "give any other network as TorchScript"
+            f"{path} does not hold a network of the form of "
+            "hf_diffusion.evaluation.feature_networks.ResNetFeatures, the only one known here; give any other network "
+            "as TorchScript"
         ) from error
     return net
 
 
 def _classifier_folder(path: Path, device: torch.device) -> tuple:
-    from hf_diffusion.models.unet_adm import ADMClassifier
-
     config = path / "config.json"
     name = json.loads(config.read_text(encoding="utf-8")).get("_class_name") if config.is_file() else None
     if name != "ADMClassifier":
@@ -237,43 +247,3 @@ def _classifier_folder(path: Path, device: torch.device) -> tuple:
         return net(images, torch.zeros(len(images), dtype=torch.long, device=images.device), return_dict=False)[0]
 
     return path.resolve().name, hash_tensors(net.state_dict()), logits, logits
-
-
-def _inception(weights: str | os.PathLike | None, device: torch.device) -> tuple:
-    if weights is not None and not Path(weights).is_file():
-        raise ValueError(f"inception_weights {str(weights)!r} is not a file")
-    if weights is not None and Path(weights).suffix == ".pt":
-        net = _torch_script(Path(weights), device)
-        digest, name = hash_file(Path(weights)), f"Inception {Path(weights).stem}"
-        return name, digest, lambda images: net(_bytes_of_three_channels(images), return_features=True), None
-    try:
-        from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
-    except (ImportError, RuntimeError) as error:  # RuntimeError: its torchvision does not fit the installed torch
-        raise ImportError(
-            "features 'inception' need torch-fidelity (pip install 'hf-diffusion[inception]', with a torchvision that fits "
-            "torch), or inception_weights with the TorchScript file inception-2015-12-05.pt; or give features of your own"
-        ) from error
-    if weights is not None:
-        _refuse_code(Path(weights))
-    net = FeatureExtractorInceptionV3(
-        "inception-v3-compat", ["2048"], feature_extractor_weights_path=None if weights is None else str(weights)
-    )
-    net = net.to(device).eval()
-    digest = hash_tensors(net.state_dict())
-    return "Inception inception-v3-compat", digest, lambda images: net(_bytes_of_three_channels(images))[0], None
-
-
-def _refuse_code(path: Path) -> None:
-    """ValueError for a pickle with more than tensors: torch-fidelity would run whatever is in it."""
-    try:
-        torch.load(path, weights_only=True)
-    except Exception as error:
-        raise ValueError(
-            f"{path} does not hold tensors alone, so it is not opened: give the weights as published"
-        ) from error
-
-
-def _bytes_of_three_channels(images: Tensor) -> Tensor:
-    """What both Inceptions take: uint8 (B, 3, H, W); they resize themselves. Grey images are repeated."""
-    images = (images + 1).mul(127.5).round().clamp(0, 255).to(torch.uint8)
-    return images[:, :3] if images.shape[1] >= 3 else images[:, :1].expand(-1, 3, -1, -1)

@@ -1,4 +1,4 @@
-"""A feature network for data that no published one fits: a small classifier of the labelled real images, trained once and cached."""
+"""A feature network that fits the data: a small classifier of real images, trained once."""
 
 import hashlib
 import json
@@ -8,26 +8,36 @@ from pathlib import Path
 
 import torch
 from accelerate import PartialState
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch.nn import functional as F
 from tqdm.auto import tqdm
 
-from hf_diffusion.data.images import ImageData
+from hf_diffusion.data.protocol import TrainingData
 from hf_diffusion.evaluation.feature_networks import ResNetFeatures
 from hf_diffusion.evaluation.reference import cache_folder
+from hf_diffusion.files import write_whole
 from hf_diffusion.randomness import derive_seed
 
 
-VERSION = 1  # of the recipe
-STEPS, BATCH, LEARNING_RATE, WIDTH = 300, 64, 2e-3, 16  # seconds of one core for 8x8 images, a minute for 28x28
-HELD_OUT = 5  # every fifth image is kept from training, to state how well the network knows the classes
+# Of the recipe.
+VERSION = 1
+# Seconds of one core for 8x8 images, a minute for 28x28.
+STEPS, BATCH, LEARNING_RATE, WIDTH = 300, 64, 2e-3, 16
+# Every fifth image is kept from training, to state how well the network knows the classes.
+HELD_OUT = 5
 
 
-def trained_network_file(data: ImageData, cache_dir: str | os.PathLike | None = None) -> Path:
-    """The .safetensors file of a `ResNetFeatures` that was trained on the labels of `data`, now or in an earlier call.
+def trained_network_file(data: TrainingData, cache_dir: str | os.PathLike | None = None) -> Path:
+    """The .safetensors file of a `ResNetFeatures` trained on the labels of `data`, now or earlier.
 
-    The file's name says what it was trained on, and its metadata the accuracy on held-out images. ValueError for data without labels.
+    The file's name says what it was trained on, and its metadata the accuracy on held-out images.
+    ValueError for data that are no images or have no labels.
     """
+    if len(data.sample_shape) != 3:
+        raise ValueError(
+            f"features 'trained' are those of images, and the samples of {data.name} have the shape "
+            f"{tuple(data.sample_shape)}; give 'pixels', which are their raw values, or a network's file"
+        )
     if data.labels is None or data.num_classes < 2:
         raise ValueError(f"features 'trained' need real images of at least 2 classes; {data.name} has no such labels")
     recipe = [VERSION, data.fingerprint, len(data), STEPS, BATCH, LEARNING_RATE, WIDTH, HELD_OUT]
@@ -36,23 +46,21 @@ def trained_network_file(data: ImageData, cache_dir: str | os.PathLike | None = 
     path = Path(cache_dir or cache_folder()) / f"trained-on-{name}-{key}.safetensors"
     with PartialState().main_process_first():
         if not path.is_file():
-            path.parent.mkdir(parents=True, exist_ok=True)
             net, accuracy = train_classifier(data)
             print(f"trained a feature network on {data.name}: it knows {accuracy:.1%} of the held-out images ({path})")
-            partial = path.with_name(f".{path.name}.{os.getpid()}")
-            save_file(net.state_dict(), partial, metadata={"held_out_accuracy": f"{accuracy:.4f}", "data": data.name})
-            os.replace(partial, path)
+            about = {"held_out_accuracy": f"{accuracy:.4f}", "data": data.name}
+            write_whole(path, save(net.state_dict(), metadata=about))
     return path
 
 
-def train_classifier(data: ImageData, seed: int = 0) -> tuple[ResNetFeatures, float]:
-    """A classifier of the data's labels, in evaluation mode, and its accuracy on the images it was not shown."""
+def train_classifier(data: TrainingData, seed: int = 0) -> tuple[ResNetFeatures, float]:
+    """A classifier of the data's labels, and its accuracy on the images it was not shown."""
     device = PartialState().device
     held_out = torch.arange(0, len(data), HELD_OUT)
     shown = torch.tensor([i for i in range(len(data)) if i % HELD_OUT])
     with torch.random.fork_rng():
         torch.manual_seed(derive_seed(seed, "feature network"))
-        net = ResNetFeatures(WIDTH, data.num_classes, data.channels).to(device).train()
+        net = ResNetFeatures(WIDTH, data.num_classes, data.sample_shape[0]).to(device).train()
     optimizer = torch.optim.AdamW(net.parameters(), lr=LEARNING_RATE, weight_decay=0.02)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, total_steps=STEPS)
     generator = torch.Generator().manual_seed(seed)
@@ -60,7 +68,7 @@ def train_classifier(data: ImageData, seed: int = 0) -> tuple[ResNetFeatures, fl
         some = shown[torch.randint(len(shown), (BATCH,), generator=generator)]
         batch = data.fetch(some.tolist(), epoch=0)
         loss = F.cross_entropy(
-            net.head(net(batch["pixels"].to(device))), batch["labels"].to(device), label_smoothing=0.05
+            net.head(net(batch["x_0"].to(device))), batch["labels"].to(device), label_smoothing=0.05
         )
         optimizer.zero_grad()
         loss.backward()
@@ -71,5 +79,5 @@ def train_classifier(data: ImageData, seed: int = 0) -> tuple[ResNetFeatures, fl
         right = 0
         for some in held_out.split(250):
             batch = data.fetch(some.tolist(), epoch=0)
-            right += int((net.head(net(batch["pixels"].to(device))).argmax(1).cpu() == batch["labels"]).sum())
+            right += int((net.head(net(batch["x_0"].to(device))).argmax(1).cpu() == batch["labels"]).sum())
     return net.cpu(), right / len(held_out)

@@ -1,6 +1,5 @@
-"""The two sides of an evaluation, where they are not drawn: real images, and generated ones that lie in a file."""
+"""The two sides of an evaluation: real data, and the pipeline or file that is measured."""
 
-import argparse
 import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -10,33 +9,54 @@ from typing import Any
 import numpy as np
 import yaml
 from accelerate import PartialState
+from diffusers import DiffusionPipeline
+from torch import nn
 
-from hf_diffusion.data.images import ImageData, load_images
+from hf_diffusion.data.loading import load_data
+from hf_diffusion.data.pixels import from_unit_range
+from hf_diffusion.data.protocol import TrainingData
+from hf_diffusion.evaluation.options import DATA_OPTIONS, EvaluationOptions
 
 
-DATA_KEYS = ("dataset_name", "dataset_config_name", "train_data_dir", "image_column", "label_column", "cache_dir")
+CHUNK = 256
 
 
 @dataclass(frozen=True)
 class FileImages:
-    """Images that somebody else has drawn, in chunks like those of sample_store.Samples."""
+    """Images uint8 (N, H, W, C) of somebody else, in chunks as `sample_store.Samples` has them."""
 
-    all_images: np.ndarray  # uint8 (N, H, W, C)
+    all_images: np.ndarray
     labels: np.ndarray | None
     protocol: dict[str, Any]
 
-    def chunks(self, process: int = 0, processes: int = 1) -> Iterator[tuple]:
-        for start in range(process * 256, len(self.all_images), processes * 256):
-            rows = np.arange(start, min(start + 256, len(self.all_images)))
+    def __len__(self) -> int:
+        return len(self.all_images)
+
+    @property
+    def sample_shape(self) -> tuple[int, int, int]:
+        """(C, H, W)."""
+        _, height, width, channels = self.all_images.shape
+        return channels, height, width
+
+    def chunks(
+        self, process: int = 0, processes: int = 1
+    ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray | None]]:
+        """Yield (positions (B,), images, labels (B,) or None) of every chunk of one process."""
+        for start in range(process * CHUNK, len(self.all_images), processes * CHUNK):
+            rows = np.arange(start, min(start + CHUNK, len(self.all_images)))
             yield rows, self.all_images[rows], None if self.labels is None else self.labels[rows]
 
 
 def load_image_file(path: Path) -> FileImages:
-    """Images uint8 (N, H, W[, C]), or floating-point in [0, 1], and labels of an .npz file; ValueError for anything else."""
+    """Images and labels of an .npz file; ValueError for anything else.
+
+    Images are uint8 (N, H, W[, C]), or floating-point in [0, 1].
+    """
     if not path.is_file():
         raise ValueError(f"{path} is not there")
     try:
-        with zipfile.ZipFile(path):  # np.load would take anything else for a pickle
+        # np.load would take anything else for a pickle.
+        with zipfile.ZipFile(path):
             arrays = dict(np.load(path, allow_pickle=False))
     except (OSError, ValueError, zipfile.BadZipFile) as error:
         raise ValueError(f"{path} is no .npz file of arrays: {error}") from error
@@ -50,31 +70,79 @@ def load_image_file(path: Path) -> FileImages:
     if np.issubdtype(images.dtype, np.floating):
         if not np.isfinite(images).all() or images.min() < 0 or images.max() > 1:
             raise ValueError(f"the images of {path} hold NaN or values outside [0, 1]; give finite ones, or uint8")
-        images = (images * 255).round().astype(np.uint8)
+        images = from_unit_range(images)
     if images.dtype != np.uint8:
         raise ValueError(f"the images of {path} are {images.dtype}; they must be uint8, or floating-point in [0, 1]")
     if labels is not None and labels.shape != (len(images),):
         raise ValueError(f"{path} has labels {labels.shape} for {len(images)} images; give one an image")
     images = images[..., None] if images.ndim == 3 else images
-    return FileImages(
-        images, labels, {"sampler": f"images of {path.name}", "options": {}, "dtype": "uint8", "device": "file"}
-    )
+    protocol = {"sampler": f"images of {path.name}", "options": {}, "dtype": "uint8", "device": "file"}
+    return FileImages(images, labels, protocol)
 
 
-def load_reference_images(args: argparse.Namespace, size: tuple[int, int], channels: int) -> ImageData:
-    """The real images at the size of the generated ones; ValueError where nothing says which."""
-    chosen = {name: getattr(args, name) for name in DATA_KEYS}
-    recorded = Path(str(args.pipeline)) / "config.yaml"
-    if not (args.dataset_name or args.train_data_dir) and recorded.is_file():
+def load_real_data(options: EvaluationOptions, shape: tuple[int, ...]) -> TrainingData:
+    """The real data in the form of samples of `shape`, images resized to it.
+
+    Where the options name none they are those that the pipeline's config.yaml names. ValueError
+    where nothing says which, and for data of another form.
+    """
+    chosen = {name: getattr(options, name) for name in DATA_OPTIONS}
+    recorded = Path(options.pipeline) / "config.yaml"
+    if not (options.dataset_name or options.train_data_dir) and recorded.is_file():
         config = yaml.safe_load(recorded.read_text(encoding="utf-8"))
-        chosen = {name: chosen[name] or config.get(name) for name in DATA_KEYS}
-        chosen["label_column"] = None if chosen["label_column"] == "auto" else chosen["label_column"]
+        recorded_label = config.get("label_column") or "auto"
+        chosen = {name: chosen[name] or config.get(name) for name in DATA_OPTIONS}
+        if options.label_column == "auto":
+            chosen["label_column"] = recorded_label
+    if chosen["label_column"] == "auto":
+        chosen["label_column"] = None
     if not (chosen["dataset_name"] or chosen["train_data_dir"]):
-        raise ValueError("there are no real images to measure against; give --dataset_name or --train_data_dir")
-    chosen |= {"split": args.split, "channels": channels, "max_train_samples": args.max_reference_images}
+        raise ValueError("there are no real data to measure against; give --dataset_name or --train_data_dir")
+    chosen |= {"split": options.split, "max_train_samples": options.max_reference_images}
+    if len(shape) == 3:
+        chosen |= {"channels": shape[0], "fit_size": tuple(shape[1:])}
     with PartialState().main_process_first():
-        try:
-            data = load_images(**chosen)
-        except ValueError:  # perhaps only because the images differ in size; any other reason shows again
-            data = load_images(resolution=size, **chosen)
-        return data if tuple(data.size) == tuple(size) else load_images(resolution=size, **chosen)
+        data = load_data(**chosen)
+    if tuple(data.sample_shape) != tuple(shape):
+        raise ValueError(
+            f"the samples of {options.pipeline} have the shape {tuple(shape)} and those of {data.name} "
+            f"{tuple(data.sample_shape)}; name the data that the model was trained on"
+        )
+    return data
+
+
+def class_names(pipeline: DiffusionPipeline) -> list[str]:
+    """The names of the pipeline's classes by number; [] where they have none."""
+    names = getattr(pipeline, "id2label", None) or {}
+    return [names[number] for number in sorted(names)]
+
+
+def number_classes_alike(data: TrainingData, names: list[str]) -> None:
+    """Number the classes of `data` as a model does, where it has all of them by name."""
+    if names and data.class_names and set(data.class_names) <= set(names):
+        data.use_classes(names)
+
+
+def proportional_labels(real: np.ndarray, count: int) -> list[int]:
+    """`count` classes in random but fixed order, as frequent as among `real` labels."""
+    ranks = (2 * np.arange(count) + 1) * len(real) // (2 * count)
+    return np.random.default_rng(0).permutation(np.sort(real)[ranks]).tolist()
+
+
+def sample_shape(pipeline: DiffusionPipeline) -> tuple[int, ...]:
+    """Shape of one sample, (C, H, W) for images, by the pipeline or by a network's configuration.
+
+    ValueError where neither says it.
+    """
+    said = getattr(pipeline, "sample_shape", None)
+    if said is not None:
+        return tuple(said)
+    for part in pipeline.components.values():
+        config = getattr(part, "config", {})
+        if isinstance(part, nn.Module) and {"in_channels", "sample_size"} <= set(config):
+            size = config["sample_size"]
+            return config["in_channels"], *((size, size) if isinstance(size, int) else tuple(size))
+    raise ValueError(
+        f"{type(pipeline).__name__} does not say the shape of its samples; give it a property sample_shape, such as "
+        "(3, 32, 32) for images"
+    )

@@ -1,9 +1,15 @@
-"""Measures of a model that need no set of samples: bits per dimension, DDIM's consistency and inversion; over any number of processes."""
+"""Measures of the model itself, which a pipeline names in `measures`; here bits per dimension.
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+Each is a function `(pipeline, data, options: ModelMeasureOptions) -> Evaluation` that all processes
+call together. A measure that can tell before any work that it does not apply has a check:
+`@checked_by(check)`.
+"""
 
-import numpy as np
+import importlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
 import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
@@ -11,134 +17,166 @@ from diffusers import DiffusionPipeline
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from hf_diffusion.data.images import ImageData
-from hf_diffusion.evaluation.latent_space import reconstruction_error
-from hf_diffusion.evaluation.measures import Measure
-from hf_diffusion.likelihood import bits_per_dim, mean_and_standard_error
-from hf_diffusion.schedulers.scheduling_gaussian import LinearDDPMScheduler
+from hf_diffusion.data.protocol import TrainingData
+from hf_diffusion.data.selection import evenly_spaced
+from hf_diffusion.evaluation.inputs import class_names
+from hf_diffusion.evaluation.likelihood import bits_per_dim, mean_and_standard_error
+from hf_diffusion.evaluation.measures import Breakdown, Evaluation, Measure
+from hf_diffusion.evaluation.protocol import data_protocol
+from hf_diffusion.schedulers.scheduling_gaussian import PREDICTION_TYPES, LinearDDPMScheduler
 
 
 @dataclass(frozen=True)
-class BoundMeasure:
-    """The variational bound of N images: total and prior with standard errors, and the mean term of each timestep."""
+class ModelMeasureOptions:
+    """What a user says about measures of the model.
 
-    total: Measure
-    prior: Measure
-    timesteps: list[int]  # descending
-    terms: list[float]  # bits a dimension; the last is the decoder's
-    term_errors: list[float]
-    count: int
+    count: real samples, or seeds, to look at. steps: numbers of sampling steps to measure at,
+    ascending.
+    num_timesteps: of a bound, None for all. labels: classes of drawn samples, in turn, None for
+    none.
+    sampling: options of the pipeline's call.
+    """
 
-
-def choose_real_images(data: ImageData, count: int) -> list[int]:
-    """Indices of `count` evenly spaced images, which of a set sorted by class show every class; all where there are fewer."""
-    count = min(count, len(data))
-    return [place * len(data) // count for place in range(count)]
-
-
-def check_model_measures(
-    metrics: Sequence[str],
-    pipeline: DiffusionPipeline,
-    data: ImageData,
-    step_counts: Sequence[int],
-    bpd_steps: int | None,
-) -> None:
-    """ValueError, before anything is drawn, for measures of MODEL_METRICS that the pipeline's process or the data do not allow."""
-    wanted = {"bpd": [bpd_steps or 1], "inversion": step_counts, "consistency": [*step_counts, 2 * step_counts[-1]]}
-    for metric in (metric for metric in wanted if metric in metrics):
-        if metric != "consistency":
-            if not hasattr(pipeline, "unet"):
-                raise ValueError(
-                    f"{metric} needs a Gaussian process with a U-Net, which {type(pipeline).__name__} is not"
-                )
-            fetch(pipeline, data, [0])
-        most = pipeline.scheduler.config.num_train_timesteps
-        if max(wanted[metric]) > most:
-            raise ValueError(
-                f"{metric} over {max(wanted[metric])} steps asks for more than the {most} timesteps of this model; give fewer"
-            )
+    count: int = 64
+    steps: tuple[int, ...] = (10, 25, 50)
+    num_timesteps: int | None = None
+    seed: int = 0
+    batch_size: int = 64
+    labels: Sequence[int] | None = None
+    sampling: dict[str, Any] = field(default_factory=dict)
+    progress: bool = True
 
 
-def measure_bits_per_dim(
-    pipeline: DiffusionPipeline,
-    data: ImageData,
-    count: int = 256,
-    num_inference_steps: int | None = None,
-    seed: int = 0,
-    batch_size: int = 64,
-    progress: bool = True,
-) -> BoundMeasure:
-    """Bits per dimension of `count` real images over all timesteps, or over a respaced process of fewer.
+ModelMeasure = Callable[[DiffusionPipeline, TrainingData, ModelMeasureOptions], Evaluation]
 
-    Image i has the noise of seed + i, so that the value does not depend on batches and processes. A class-conditional model is
-    given the images' classes. ValueError where those are missing.
+
+def checked_by(check: Callable[[DiffusionPipeline, TrainingData, ModelMeasureOptions], None]) -> Callable:
+    """Let `check` raise ValueError, before any work, for what the decorated measure cannot do."""
+
+    def mark(measure: ModelMeasure) -> ModelMeasure:
+        measure.check = check
+        return measure
+
+    return mark
+
+
+def model_measures(pipeline: DiffusionPipeline) -> dict[str, str | ModelMeasure]:
+    """The measures that the pipeline names: "module:function" or a function, by name."""
+    return dict(getattr(pipeline, "measures", None) or {})
+
+
+def find_model_measure(pipeline: DiffusionPipeline, name: str) -> ModelMeasure:
+    """The function that measures `name` of the pipeline's model; ValueError where it is missing."""
+    found = model_measures(pipeline)[name]
+    if callable(found):
+        return found
+    module, _, function = found.partition(":")
+    try:
+        return getattr(importlib.import_module(module), function)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(
+            f"{type(pipeline).__name__} names {found!r} for {name}, which cannot be found ({error}); it must be "
+            "'module:function'"
+        ) from error
+
+
+def check_bits_per_dim(pipeline: DiffusionPipeline, data: TrainingData, options: ModelMeasureOptions) -> None:
+    """ValueError unless the process is Gaussian, with enough timesteps, and the data 8-bit."""
+    check_gaussian(pipeline, "bpd", options.num_timesteps or 1)
+    x_0, _ = fetch(pipeline, data, evenly_spaced(len(data), 16))
+    levels = (x_0 + 1) * 127.5
+    if x_0.abs().max() > 1 or (levels - levels.round()).abs().max() > 1e-2:
+        raise ValueError(
+            f"bpd is the code length of values of 8 bits, which those of {data.name} are not; measure distances of "
+            "samples instead"
+        )
+
+
+@checked_by(check_bits_per_dim)
+def measure_bits_per_dim(pipeline: DiffusionPipeline, data: TrainingData, options: ModelMeasureOptions) -> Evaluation:
+    """Bits per dimension of real images over all timesteps, or over a respaced process of fewer.
+
+    Image i has the noise of seed + i, so that the value does not depend on batches and processes. A
+    class-conditional model is given the images' classes. ValueError where those are missing.
     """
     scheduler = LinearDDPMScheduler.from_config(pipeline.scheduler.config)
-    scheduler.set_timesteps(num_inference_steps or scheduler.config.num_train_timesteps, device=pipeline.device)
-    indices, state = choose_real_images(data, count), PartialState()
-    starts = range(state.process_index * batch_size, len(indices), state.num_processes * batch_size)
-    parts = []
-    shown = progress and state.is_main_process
-    for start in tqdm(starts, desc="bits per dimension", unit="batch", disable=not shown or len(starts) < 2):
-        some = indices[start : start + batch_size]
+    steps = options.num_timesteps or scheduler.config.num_train_timesteps
+    scheduler.set_timesteps(steps, device=pipeline.device)
+    shown, parts = options.progress and PartialState().is_main_process, []
+    batches = shared_batches(data, options)
+    for start, some in tqdm(batches, desc="bits per dimension", disable=not shown or len(batches) < 2):
         images, labels = fetch(pipeline, data, some)
-        generators = [torch.Generator().manual_seed(seed + i) for i in some]
         bound = bits_per_dim(
             pipeline.unet,
             scheduler,
             images,
-            generator=generators,
+            generator=[torch.Generator().manual_seed(options.seed + i) for i in some],
             class_labels=labels,
-            progress=shown and len(starts) < 2,
+            progress=shown and len(batches) < 2,
         )
         parts.append((start, bound.total_bpd.cpu(), bound.prior_bpd.cpu(), bound.vb.cpu()))
-    parts = sorted(gather_object(parts), key=lambda part: part[0])
-    total, prior, terms = (torch.cat([part[k] for part in parts]).double() for k in (1, 2, 3))
-    errors = terms.std(0) / len(terms) ** 0.5 if len(terms) > 1 else torch.full_like(terms[0], float("nan"))
-    name = f"bits per dimension ({len(total)} images, {len(scheduler.timesteps)} timesteps)"
-    return BoundMeasure(
-        Measure(name, *mean_and_standard_error(total)),
-        Measure("prior's part of the bits per dimension", *mean_and_standard_error(prior)),
+    total, prior, terms = (column.double() for column in gather_columns(parts))
+    name = f"bits per dimension ({len(total)} images, {steps} timesteps)"
+    of_timesteps = Breakdown(
+        "timestep (0 is the least noise)",
+        "bits per dimension",
         scheduler.timesteps.tolist(),
         terms.mean(0).tolist(),
-        errors.tolist(),
-        len(total),
+        (terms.std(0) / len(terms) ** 0.5).tolist() if len(terms) > 1 else None,
+        "The bound in bits per dimension by timestep",
     )
+    measures = {
+        "bpd": Measure(name, *mean_and_standard_error(total), better="lower", breakdown=of_timesteps),
+        "prior_bpd": Measure(
+            "prior's part of the bits per dimension", *mean_and_standard_error(prior), better="lower"
+        ),
+    }
+    return Evaluation(measures, {"count": len(total), "noise_seed": options.seed, "data": data_protocol(data)})
 
 
-def measure_inversion(
-    pipeline: DiffusionPipeline, data: ImageData, step_counts: Sequence[int], count: int = 64, batch_size: int = 64
-) -> dict[int, Measure]:
-    """For each number of steps, the mean squared error a dimension of real images that were inverted and drawn again."""
-    indices, state = choose_real_images(data, count), PartialState()
-    starts = range(state.process_index * batch_size, len(indices), state.num_processes * batch_size)
-    results = {}
-    for steps in sorted(set(step_counts)):
-        parts = []
-        for start in starts:
-            images, labels = fetch(pipeline, data, indices[start : start + batch_size])
-            parts.append((start, reconstruction_error(pipeline, images, labels, steps)))
-        errors = torch.cat([part for _, part in sorted(gather_object(parts), key=lambda part: part[0])])
-        name = f"reconstruction error ({len(errors)} images, {steps} steps)"
-        results[steps] = Measure(name, *mean_and_standard_error(errors))
-    return results
+def check_gaussian(pipeline: DiffusionPipeline, name: str, steps: int) -> None:
+    """ValueError unless the process is Gaussian, in discrete time of at least `steps` timesteps."""
+    config = pipeline.scheduler.config
+    if config.get("beta_schedule") is None or config.get("prediction_type") not in PREDICTION_TYPES:
+        raise ValueError(
+            f"{name} is defined by the betas of a Gaussian process, and {type(pipeline.scheduler).__name__} has none; "
+            "load the pipeline with the scheduler that it was trained with"
+        )
+    if steps > config.num_train_timesteps:
+        raise ValueError(
+            f"{name} over {steps} steps asks for more than the {config.num_train_timesteps} timesteps of this model; "
+            "give fewer"
+        )
 
 
-def fetch(pipeline: DiffusionPipeline, data: ImageData, indices: Sequence[int]) -> tuple[Tensor, Tensor | None]:
-    """Images (B, C, H, W) on the pipeline's device and, for a class-conditional model, their labels (B,)."""
+def shared_batches(data: TrainingData, options: ModelMeasureOptions) -> list[tuple[int, list[int]]]:
+    """This process's batches of evenly spaced samples, as (place of the first, indices)."""
+    state, indices = PartialState(), evenly_spaced(len(data), options.count)
+    starts = range(state.process_index * options.batch_size, len(indices), state.num_processes * options.batch_size)
+    return [(start, indices[start : start + options.batch_size]) for start in starts]
+
+
+def gather_columns(parts: list[tuple]) -> list[Tensor]:
+    """The columns of all processes' parts, each (place, tensors (B, ...)), in order of place."""
+    parts = sorted(gather_object(parts), key=lambda part: part[0])
+    return [torch.cat(column) for column in list(zip(*parts, strict=True))[1:]]
+
+
+def fetch(pipeline: DiffusionPipeline, data: TrainingData, indices: Sequence[int]) -> tuple[Tensor, Tensor | None]:
+    """x_0 (B, ...) on the pipeline's device and, for a class-conditional model, the labels (B,)."""
     batch = data.fetch(indices, epoch=0)
     labels = None
-    if pipeline.unet.config.get("num_class_embeds") is not None:
+    if getattr(pipeline, "num_classes", None) is not None:
         labels = batch.get("labels")
-        if labels is None and not pipeline.unet.config.get("null_class"):
+        names = class_names(pipeline)
+        if labels is not None and names and data.class_names and names != list(data.class_names):
+            raise ValueError(
+                f"the model's classes are {names} and those of {data.name} {list(data.class_names)}; give data of "
+                "the model's classes, or --label_column none"
+            )
+        if labels is None and getattr(pipeline, "null_class_id", None) is None:
             raise ValueError(
                 f"the model needs classes, but {data.name} has no labels; name their column by --label_column"
             )
         labels = labels if labels is None else labels.to(pipeline.device)
-    return batch["pixels"].to(pipeline.device), labels
-
-
-def proportional_labels(real: np.ndarray, count: int) -> list[int]:
-    """`count` classes in random but fixed order, as frequent as among `real` labels."""
-    ranks = (2 * np.arange(count) + 1) * len(real) // (2 * count)
-    return np.random.default_rng(0).permutation(np.sort(real)[ranks]).tolist()
+    return batch["x_0"].to(pipeline.device), labels

@@ -1,4 +1,4 @@
-"""Distances between sets of features: identities, closed forms, errors, and agreement with torchmetrics."""
+"""Distances between sets of features: identities, closed forms, errors, and torchmetrics."""
 
 import numpy as np
 import pytest
@@ -107,7 +107,7 @@ def test_precision_is_about_fakes_and_recall_about_reals():
 
 
 def test_the_errors_of_precision_and_recall_are_the_spread_over_repeated_draws():
-    """Measured over 60 draws: 1.29 times the spread for precision, 1.36 for recall, which errs on the safe side."""
+    """Measured over 60 draws: 1.29 times the spread for precision, 1.36 for recall: safe."""
     real, groups = gaussians(300, 16), jackknife_groups(300, None)
     drawn = [precision_recall_with_error(real, 0.9 * gaussians(300, 16, 1 + s), groups) for s in range(60)]
     for name, (values, errors) in zip(("precision", "recall"), np.array(drawn).transpose(1, 2, 0)):
@@ -166,7 +166,7 @@ def test_frechet_and_kernel_distance_agree_with_torchmetrics():
 
 
 def test_too_few_images_are_one_sentence():
-    with pytest.raises(ValueError, match="give at least 20 images"):
+    with pytest.raises(ValueError, match="give at least 20"):
         kernel_distance(gaussians(5, 3), gaussians(5, 3))
-    with pytest.raises(ValueError, match="more than 3 images a side, got 3 real"):
+    with pytest.raises(ValueError, match="more than 3 samples a side, got 3 real"):
         precision_recall(gaussians(3, 3), gaussians(9, 3))

@@ -3,19 +3,20 @@
 import hashlib
 import sys
 
+import numpy as np
 import pytest
 import torch
-from accelerate import PartialState
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 
 from hf_diffusion.data.images import load_images
+from hf_diffusion.data.loading import load_data
 from hf_diffusion.evaluation.feature_networks import (
     ResNetFeatures,
     feature_network,
     load_feature_network,
-    network_range,
+    network_input,
 )
 from hf_diffusion.evaluation.feature_training import trained_network_file
 from hf_diffusion.models.unet_adm import ADMClassifier
@@ -25,14 +26,26 @@ IMAGES = torch.rand(3, 1, 8, 8, generator=torch.Generator().manual_seed(0)) * 2 
 
 
 def load(spec, **options):
-    return load_feature_network(spec, **{"channels": 1, "size": (8, 8), **options})
+    return load_feature_network(spec, **{"shape": (1, 8, 8), **options})
 
 
 def test_pixels_are_features_as_they_are():
     network = load("pixels")
     assert network.dimension == 64 and torch.equal(network(IMAGES), IMAGES.flatten(1))
-    with pytest.raises(ValueError, match="up to 4096 values, these images have 196608"):
-        load("pixels", channels=3, size=(256, 256))
+    with pytest.raises(ValueError, match="up to 4096 values, these samples have 196608"):
+        load("pixels", shape=(3, 256, 256))
+
+
+def test_raw_values_of_points_are_their_features_and_networks_of_images_are_refused(tmp_path):
+    points = np.random.default_rng(0).normal(size=(600, 2)).astype(np.float32)
+    network = load("pixels", shape=(2,))
+    assert network.dimension == 2 and torch.equal(network.features(points), torch.from_numpy(points))
+    with pytest.raises(ValueError, match=r"'inception' are those of images, and these samples have the shape \(2,\)"):
+        load("inception", shape=(2,))
+    with pytest.raises(
+        ValueError, match=r"'trained' are those of images, and the samples of .* have the shape \(2,\)"
+    ):
+        trained_network_file(load_data("checkerboard"), tmp_path)
 
 
 def test_a_torchscript_file_is_a_network_with_its_hash(tmp_path):
@@ -54,8 +67,8 @@ def test_a_safetensors_file_of_the_known_form_gives_features_and_classes(tmp_pat
 
 
 def test_a_saved_classifier_classifies(tmp_path):
-    net = ADMClassifier(sample_size=8, in_channels=1, num_classes=4, model_channels=8, channel_mult=(1, 2), num_res_blocks=1,
-                        attention_resolutions=(2,), num_heads=2, norm_num_groups=4)  # fmt: skip
+    net = ADMClassifier(sample_size=8, in_channels=1, num_classes=4, model_channels=8, channel_mult=(1, 2),
+                        num_res_blocks=1, attention_resolutions=(2,), num_heads=2, norm_num_groups=4)  # fmt: skip
     net.save_pretrained(tmp_path / "classifier")
     assert load(tmp_path / "classifier").classify(IMAGES).shape == (3, 4)
 
@@ -89,9 +102,9 @@ def test_what_does_not_fit_is_refused_before_anything_is_measured(tmp_path):
             return images.flatten(1) / 0
 
     torch.jit.script(nn.Conv2d(3, 4, 3)).save(str(tmp_path / "colour.pt"))
-    with pytest.raises(ValueError, match=r"colour does not take images \(2, 1, 8, 8\)"):
+    with pytest.raises(ValueError, match=r"colour does not take samples \(2, 1, 8, 8\)"):
         load(tmp_path / "colour.pt")
-    with pytest.raises(ValueError, match=r"must give one row an image, \(B, D\); for 3 it gave \(3, 1, 8, 8\)"):
+    with pytest.raises(ValueError, match=r"must give one row a sample, \(B, D\); for 3 it gave \(3, 1, 8, 8\)"):
         feature_network(Unpooled(), "unpooled", IMAGES)
     with pytest.raises(ValueError, match="gives NaN or infinity"):
         feature_network(NotANumber(), "nan", IMAGES)
@@ -123,14 +136,13 @@ def test_inception_of_a_torchscript_file_is_fed_bytes_of_three_channels(tmp_path
     network = load("inception", inception_weights=tmp_path / "inception-2015-12-05.pt")
     pixels = torch.randint(0, 256, (2, 8, 8, 1), dtype=torch.uint8)
     expected = pixels.float().mean(dim=(1, 2)).expand(-1, 3)
-    torch.testing.assert_close(network(network_range(pixels.numpy())), expected)  # bytes come back exactly
+    torch.testing.assert_close(network(network_input(pixels.numpy())), expected)  # bytes come back exactly
     assert network.is_inception and network.name == "Inception inception-2015-12-05"
 
 
 def test_a_network_is_trained_on_the_classes_of_the_data_once(image_folder, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("hf_diffusion.evaluation.feature_training.STEPS", 30)
     monkeypatch.setattr("hf_diffusion.evaluation.feature_training.WIDTH", 4)
-    PartialState(cpu=True)
     data = load_images(train_data_dir=str(image_folder))
     path = trained_network_file(data, tmp_path)
     with safe_open(path, "pt") as file:

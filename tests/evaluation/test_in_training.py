@@ -1,4 +1,4 @@
-"""Measurements of a model in training: shares and signals, held-out loss, the same figures as the command's, the best model kept."""
+"""Evaluators of a model in training: shares, signals, samples, the best model kept."""
 
 import json
 
@@ -8,11 +8,12 @@ import torch
 from accelerate import Accelerator
 
 import hf_diffusion.evaluation.in_training as in_training
-from hf_diffusion.best_model import BestModel, higher_is_better
 from hf_diffusion.data.images import load_images
-from hf_diffusion.evaluation.in_training import Evaluation, EvaluationStopped, HeldOutLoss, SampleMeasures, shares
-from hf_diffusion.evaluation.measures import Measure
+from hf_diffusion.evaluation.in_training import EvaluationStopped, SampleEvaluator, shares
+from hf_diffusion.evaluation.measures import Evaluation, Measure
+from hf_diffusion.loop.best import BestModel
 from tests.evaluation.conftest import tiny_pipeline
+from tests.evaluation.made_up import Puller, PullScheduler, VectorData, VectorPipeline
 
 
 def never() -> bool:
@@ -36,18 +37,19 @@ def data(image_folder):
     return load_images(train_data_dir=str(image_folder))
 
 
-# --- shares and signals ---------------------------------------------------------------------------------------------------
+# --- shares and signals ---------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("processes", [1, 2, 8])
-def test_shares_are_the_same_batches_for_any_number_of_processes_and_all_ask_equally_often(monkeypatch, processes):
-    asked, batches = [], []
-    for index in range(processes):
-        monkeypatch.setattr(in_training, "PartialState", lambda index=index: Processes(index, processes))
-        asked.append([])
-        batches += shares(100, 16, lambda: asked[-1].append(1))
-    assert sorted(batches, key=lambda batch: batch.start) == [range(s, min(s + 16, 100)) for s in range(0, 100, 16)]
-    assert {len(times) for times in asked} == {-(-7 // processes)}
+def test_shares_are_the_same_batches_for_any_number_of_processes_and_all_ask_equally_often(monkeypatch):
+    for processes in (1, 2, 8):
+        asked, batches = [], []
+        for index in range(processes):
+            state = Processes(index, processes)
+            monkeypatch.setattr(in_training, "PartialState", lambda state=state: state)
+            asked.append([])
+            batches += shares(100, 16, lambda times=asked[-1]: times.append(1))
+        assert sorted(batches, key=lambda b: b.start) == [range(s, min(s + 16, 100)) for s in range(0, 100, 16)]
+        assert {len(times) for times in asked} == {-(-7 // processes)}
 
 
 def test_a_signal_ends_all_processes_before_their_next_batch(monkeypatch):
@@ -60,60 +62,12 @@ def test_a_signal_ends_all_processes_before_their_next_batch(monkeypatch):
         assert len(done) == 1
 
 
-# --- the loss on held-out images ------------------------------------------------------------------------------------------
+# --- samples --------------------------------------------------------------------------------------
 
 
-def noise_and_time(model, batch, t, noise):
-    """Values that show what an image was looked at with."""
-    return {"loss": t.float(), "noise": noise.flatten(1).sum(1) * batch["labels"]}
-
-
-def test_noise_and_timesteps_belong_to_the_image_and_cover_every_quartile(accelerator, data):
-    seen = []
-
-    def note(model, batch, t, noise):
-        seen.append((batch["indices"], t, noise))
-        return noise_and_time(model, batch, t, noise)
-
-    first, again, other = (
-        HeldOutLoss(accelerator, data, note, 1000, ("loss", "noise"), batch_size=size, seed=seed)(None, never)
-        for size, seed in ((16, 0), (50, 0), (50, 1))
-    )
-    for key, measure in first.measures.items():
-        assert again.measures[key].value == pytest.approx(measure.value, rel=1e-5), key
-    assert other.measures["eval_noise"].value != pytest.approx(first.measures["eval_noise"].value, rel=1e-3)
-    for quartile in range(4):
-        t = torch.cat([t for _, t, _ in seen[quartile:32:4]])
-        assert 250 * quartile <= t.min() and t.max() < 250 * (quartile + 1) and t.unique().numel() > 50
-        assert first.measures[f"eval_loss_q{quartile}"].value == pytest.approx(250 * quartile + 125, abs=25)
-    assert first.measures["eval_loss"].value == pytest.approx(500, abs=15)
-    assert abs(torch.cat([noise for *_, noise in seen[:32]]).std() - 1) < 0.02
-    assert first.protocol["count"] == 120 and first.protocol["held_out"]["name"] == data.name
-
-
-def test_the_share_of_each_of_three_processes_makes_up_the_whole(accelerator, data, monkeypatch):
-    measure = HeldOutLoss(accelerator, data, noise_and_time, 1000, ("loss", "noise"), batch_size=16)
-    whole, sums = measure(None, never), []
-    monkeypatch.setattr(in_training, "gather_object", lambda parts: sums.extend(parts) or parts)
-    for index in range(3):
-        monkeypatch.setattr(in_training, "PartialState", lambda index=index: Processes(index, 3))
-        measure(None, never)
-    for key in sums[0]:
-        total = sum(part[key] for part in sums) / len(data)
-        assert total == pytest.approx(whole.measures[key].value, rel=1e-6), key
-
-
-def test_a_process_of_few_timesteps_is_measured_too(accelerator, data):
-    evaluation = HeldOutLoss(accelerator, data, noise_and_time, 2)(None, never)
-    assert [evaluation.measures[f"eval_loss_q{q}"].value for q in range(4)] == [0, 0, 1, 1]
-
-
-# --- samples --------------------------------------------------------------------------------------------------------------
-
-
-def sample_measures(accelerator, data, pipeline, metrics=("fd", "kd", "pr"), **options):
+def sample_evaluator(accelerator, data, pipeline, metrics=("fd", "kd", "pr"), **options):
     options = {"num_images": 100, "num_inference_steps": 3, "batch_size": 16, "class_conditional": False, **options}
-    measure = SampleMeasures(accelerator, metrics, data, lambda model: pipeline, None, **options)
+    measure = SampleEvaluator(accelerator, metrics, data, lambda model: pipeline, None, **options)
     measure.prepare()
     return measure
 
@@ -124,7 +78,7 @@ def cache(tmp_path, monkeypatch):
 
 
 def test_the_shares_of_eight_processes_are_bit_for_bit_the_images_of_one(accelerator, data, conditional, monkeypatch):
-    measure = sample_measures(accelerator, data, conditional, class_conditional=True, num_images=130)
+    measure = sample_evaluator(accelerator, data, conditional, class_conditional=True, num_images=130)
     whole = list(measure._chunks(conditional, never, []))
     for processes in (2, 8):
         drawn = []
@@ -139,38 +93,53 @@ def test_the_shares_of_eight_processes_are_bit_for_bit_the_images_of_one(acceler
 
 def test_images_that_are_not_finite_are_an_error_that_no_process_waits_for(accelerator, data):
     good, broken = tiny_pipeline(), tiny_pipeline()
-    measure = sample_measures(accelerator, data, good)
+    measure = sample_evaluator(accelerator, data, good)
     with torch.no_grad():
         next(broken.unet.parameters()).fill_(float("nan"))
     measure.build_pipeline = lambda model: broken
-    with pytest.raises(ValueError, match="NaN or infinity for 16 of 16 images"):
+    with pytest.raises(ValueError, match="NaN or infinity for 16 of 16 samples"):
         measure(None, never)
 
 
-MISTAKES = {
-    "too few": ({"num_images": 50}, "50 generated images are too few .* raise eval_num_images to 65"),
-    "no classes": ({"metrics": ["label_accuracy"]}, "label_accuracy needs images that were asked for by class"),
+def test_vectors_of_a_model_in_training_are_measured_and_broken_ones_noted(accelerator):
+    pipeline, data = VectorPipeline(Puller(), PullScheduler()), VectorData(scale=0.75)
+    options = {"num_images": 400, "num_inference_steps": 1, "batch_size": 64, "class_conditional": False}
+    evaluate = SampleEvaluator(accelerator, ("fd", "pr"), data, lambda model: pipeline, None, **options)
+    evaluate.prepare()
+    found = evaluate(None, never)
+    # One step draws noise times 0.75, which is what the data are.
+    assert found.measures["fd"].value < 0.3 and found.measures["precision"].value > 0.9
+    assert found.measures["fd"].name == "FD-400 (features pixels)" and evaluate.keys == ["fd", "precision", "recall"]
+    with torch.no_grad():
+        pipeline.puller.linear.weight.fill_(float("nan"))
+    with pytest.raises(ValueError, match="NaN or infinity for 64 of 64 samples"):
+        evaluate(None, never)
+
+
+REFUSED = {
+    "too few": ({"num_images": 50}, "50 generated samples are too few .* raise eval_num_images to 65"),
+    "no classes": ({"metrics": ["label_accuracy"]}, "label_accuracy needs samples that were asked for by class"),
     "no network": ({"features": "/nowhere.pt"}, "is not there; give 'pixels', 'inception'"),
     "option": ({"strength": 1.0}, "strength"),
     "labels": ({"class_conditional": True}, "class"),
 }
 
 
-@pytest.mark.parametrize("mistake", MISTAKES)
-def test_what_cannot_be_measured_is_refused_before_the_training(accelerator, data, pipeline, mistake):
-    options, message = MISTAKES[mistake]
-    with pytest.raises((ValueError, TypeError), match=message):
-        sample_measures(accelerator, data, pipeline, **options)
+def test_what_cannot_be_measured_is_refused_before_the_training(accelerator, data, pipeline):
+    for options, message in REFUSED.values():
+        with pytest.raises((ValueError, TypeError), match=message):
+            sample_evaluator(accelerator, data, pipeline, **options)
 
 
-# --- the best model -------------------------------------------------------------------------------------------------------
+# --- the best model -------------------------------------------------------------------------------
 
 
-def evaluation(value: float, metric: str = "fd", count: int = 100) -> list[Evaluation]:
+def evaluation(value: float, metric: str = "fd", count: int = 100, better: str = "lower") -> list[Evaluation]:
     return [
-        Evaluation({"other": Measure("other", 1.0)}, {"count": 3}),
+        Evaluation({"other": Measure("other", 1.0, better="lower")}, {"count": 3}),
         Evaluation(
-            {metric: Measure(f"a name of {metric}", value, 0.1)}, {"count": count, "sampling": {"options": {}}}
+            {metric: Measure(f"a name of {metric}", value, 0.1, better=better)},
+            {"count": count, "sampling": {"options": {}}},
         ),
     ]
 
@@ -180,19 +149,29 @@ def offer(best: BestModel, step: int, value: float, **about) -> bool:
     return written is not None
 
 
-@pytest.mark.parametrize("metric, better, worse", [("fd", 1.0, 2.0), ("recall", 0.9, 0.3), ("eval_loss_q1", 0.1, 0.2)])
-def test_the_best_stays_and_a_worse_one_does_not_come_also_after_a_restart(tmp_path, metric, better, worse):
-    best = BestModel(tmp_path, metric)
-    assert (
-        offer(best, 1, worse) and offer(best, 2, better) and not offer(best, 3, worse) and not offer(best, 4, better)
-    )
-    assert not offer(BestModel(tmp_path, metric), 5, worse)
-    record = json.loads((tmp_path / "best" / "best.json").read_text())
-    assert record["step"] == 2 and record["value"] == better and record["protocol"]["count"] == 100
-    assert record["better"] == ("higher" if higher_is_better(metric) else "lower")
-    assert set(record["measures"]) == {"other", metric} and record["measures"][metric]["error"] == 0.1
-    assert (tmp_path / "best" / "model").read_text() == "2"
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["best"]
+DIRECTIONS = {
+    "lower": ("fd", "eval_loss_q1", "eval_vb", "eval_nll", "bpd", "mmd", "perplexity"),
+    "higher": ("recall", "eval_accuracy", "fd_agreement"),
+}
+
+
+def test_the_best_by_the_measures_own_direction_stays_also_after_a_restart(tmp_path):
+    """Whatever a measure is called: a bound or a perplexity is better when low."""
+    for direction, metrics in DIRECTIONS.items():
+        for metric in metrics:
+            folder, (better, worse) = tmp_path / metric, (1.0, 2.0) if direction == "lower" else (2.0, 1.0)
+            best = BestModel(folder, metric)
+            kept = [offer(best, step, v, better=direction) for step, v in enumerate((worse, better, worse, better), 1)]
+            assert kept == [True, True, False, False], metric
+            assert not offer(BestModel(folder, metric), 5, worse, better=direction)
+            record = json.loads((folder / "best" / "best.json").read_text())
+            assert record["step"] == 2 and record["value"] == better and record["protocol"]["count"] == 100
+            assert record["better"] == direction and set(record["measures"]) == {"other", metric}
+            assert record["measures"][metric] == {
+                "name": f"a name of {metric}", "value": better, "error": 0.1, "better": direction,
+            }  # fmt: skip
+            assert (folder / "best" / "model").read_text() == "2"
+            assert [p.name for p in folder.iterdir()] == ["best"]
 
 
 def test_values_of_another_protocol_or_metric_are_not_compared_and_nan_is_never_best(tmp_path, caplog):

@@ -1,9 +1,10 @@
-"""DDIM's promises on a trained model (arXiv:2010.02502): the ordering of its Table 1, consistency, inversion, paths between noises.
+"""DDIM's promises on a trained model, arXiv:2010.02502: Table 1, consistency, inversion, paths.
 
-The model is that of training/recipes/digits.yaml with what the paper trained, a prediction of the noise on the linear schedule, and evenly
-spaced ("leading") timesteps. Distances are Frechet distances of pixels to all 1,797 digits: the features of a classifier of digits do not see the
-noise that too few ancestral steps leave (there fixed_small is level with DDIM at 10 steps and ahead of it at 20). Figures in docstrings: one CPU
-core, seed 0, as the test computes them.
+The model is that of training/recipes/digits.yaml with what the paper trained, a prediction of the
+noise on the linear schedule, and evenly spaced ("leading") timesteps. Distances are Frechet
+distances of pixels to all 1,797 digits: the features of a classifier of digits do not see the noise
+that too few ancestral steps leave (there fixed_small is level with DDIM at 10 steps and ahead of it
+at 20). Figures in docstrings: one CPU core, seed 0, as the test computes them.
 """
 
 from pathlib import Path
@@ -13,12 +14,14 @@ import pytest
 
 from hf_diffusion import ClassifierFreeGuidancePipeline, DDIMEtaScheduler, LinearDDPMScheduler
 from hf_diffusion.data.images import load_images
+from hf_diffusion.evaluation.determinism import consistency, measure_inversion
 from hf_diffusion.evaluation.feature_networks import load_feature_network
-from hf_diffusion.evaluation.latent_space import consistency, interpolate
-from hf_diffusion.evaluation.measures import Measure, measure_images
-from hf_diffusion.evaluation.model_measures import measure_inversion, proportional_labels
+from hf_diffusion.evaluation.inputs import proportional_labels
+from hf_diffusion.evaluation.measures import Measure, measure_samples
+from hf_diffusion.evaluation.model_measures import ModelMeasureOptions
 from hf_diffusion.evaluation.reference import reference_statistics
-from hf_diffusion.evaluation.sampling import draw
+from hf_diffusion.sampling.drawing import draw
+from hf_diffusion.sampling.interpolation import interpolate
 from hf_diffusion.training import train_ddpm
 
 
@@ -54,19 +57,19 @@ def pipeline(folder) -> ClassifierFreeGuidancePipeline:
 @pytest.fixture(scope="module")
 def judge(tmp_path_factory):
     data = load_images("digits")
-    network = load_feature_network("pixels", data.channels, data.size)
+    network = load_feature_network("pixels", data.sample_shape)
     return data, network, reference_statistics(data, network, tmp_path_factory.mktemp("cache"))
 
 
 def distance(pipeline, judge, sampler: str, steps: int, count: int) -> Measure:
-    """Frechet distance of images of the seeds 0 to count - 1, the classes as frequent as in the data."""
+    """Frechet distance of the seeds 0 to count - 1, classes as frequent as in the data."""
     data, network, reference = judge
     cls, changes = SAMPLERS[sampler]
     pipeline.scheduler = cls.from_config(pipeline.scheduler.config, timestep_spacing="leading", **changes)
     labels = proportional_labels(data.labels, count)
     images = draw(pipeline, range(count), labels, num_inference_steps=steps)
     chunks = [(np.arange(count), images, np.array(labels))]
-    return measure_images(chunks, count, network, reference, ["fd"], all_labels=labels)["fd"]
+    return measure_samples(chunks, count, network, reference, ["fd"], all_labels=labels)["fd"]
 
 
 def test_ddim_is_better_than_strided_ddpm_at_few_steps_and_the_less_so_the_more_steps(pipeline, judge):
@@ -88,9 +91,10 @@ def test_ddim_is_better_than_strided_ddpm_at_few_steps_and_the_less_so_the_more_
 
 
 def test_with_all_steps_ddpm_is_as_good_as_ddim(pipeline, judge):
-    """N = 150: 0.91 ± 0.12 for DDPM with 1000 steps of either variance, 0.88 ± 0.08 for DDIM with as many, which is level with its 50 here.
+    """N = 150: 0.91 ± 0.12 for DDPM with 1000 steps of either variance, 0.88 ± 0.08 for DDIM.
 
-    The paper's DDPM is ahead there (3.17 against 4.04 on CIFAR-10, N = 50,000); 150 digits cannot tell the two apart.
+    The paper's DDPM is ahead there (3.17 against 4.04 on CIFAR-10, N = 50,000); 150 digits cannot
+    tell the two apart.
     """
     ddpm, ddim = distance(pipeline, judge, "posterior", 1000, 150), distance(pipeline, judge, "ddim", 50, 150)
     assert abs(ddpm.value - ddim.value) < 2.5 * (ddpm.error**2 + ddim.error**2) ** 0.5, (ddpm, ddim)
@@ -105,14 +109,15 @@ def test_images_of_one_noise_keep_their_content_over_step_counts(pipeline):
 
 
 def test_real_images_come_back_from_their_noise_the_better_the_more_steps(pipeline, judge):
-    """Squared error a dimension of images in [0, 1], as Table 2 of the paper, which has 0.014, 0.0065, 0.0023 for CIFAR-10."""
-    found = {n: m.value for n, m in measure_inversion(pipeline, judge[0], [10, 20, 50, 100], 64).items()}
+    """Squared error a dimension of images in [0, 1], as Table 2 of the paper."""
+    measured = measure_inversion(pipeline, judge[0], ModelMeasureOptions(steps=(10, 20, 50, 100)))
+    found = {n: measured.measures[f"inversion_{n}"].value for n in (10, 20, 50, 100)}
     assert found[10] > 2 * found[20] > 4 * found[50] > 4 * found[100], found
     assert found[10] < 0.02 and found[100] < 0.001, found
 
 
 def test_between_two_noises_of_a_class_lie_images_of_it(pipeline):
-    """A classifier of real digits, which has seen no sample, names the middles of paths as often as their ends."""
+    """A classifier of real digits names the middles of paths as often as their ends."""
     from hf_diffusion.training.demo_digits import judge as names_right
 
     pipeline.scheduler = DDIMEtaScheduler.from_config(pipeline.scheduler.config)

@@ -1,4 +1,4 @@
-"""Bits per dimension: the whole variational bound of a model on given data (Eq. 5 of DDPM, arXiv:2006.11239)."""
+"""Bits per dimension: the variational bound on given data, Eq. 5 of DDPM, arXiv:2006.11239."""
 
 import contextlib
 import math
@@ -15,7 +15,7 @@ from hf_diffusion.losses.gaussian import mean_per_sample, normal_kl, vb_terms_bi
 
 @dataclass(frozen=True)
 class BitsPerDim:
-    """The bound of N samples over T' timesteps, bits a dimension; column k of a table is timestep `timesteps[k]`."""
+    """The bound of N samples over T' timesteps, bits a dimension; column k is `timesteps[k]`."""
 
     timesteps: Tensor  # (T',) int64, descending, in the numbering of the training process
     total_bpd: Tensor  # (N,) vb.sum(1) + prior_bpd, an upper bound on the negative log2 likelihood a dimension
@@ -37,12 +37,13 @@ def bits_per_dim(
     timesteps_per_batch: int = 1,
     progress: bool = False,
 ) -> BitsPerDim:
-    """The variational bound of each sample over all timesteps of the scheduler's current run, one draw of x_t each.
+    """The variational bound of each sample over the scheduler's current run, one x_t a timestep.
 
-    model: called as model(x_t, t, class_labels=..., return_dict=False)[0] with int64 t (B,); a module is evaluated in
-    eval mode. x_0: (N, ...) on the lattice k / 127.5 - 1 of 8-bit data. noise: (T', N, ...), entry k for the k-th
-    timestep in descending order, drawn from `generator` where not given. class_labels: int64 (N,). clip: clamp the
-    predicted x_0. timesteps_per_batch: timesteps that share a forward pass; it changes the speed, not the draw.
+    model: called as model(x_t, t, class_labels=..., return_dict=False)[0] with int64 t (B,); a
+    module is evaluated in eval mode. x_0: (N, ...) on the lattice k / 127.5 - 1 of 8-bit data.
+    noise: (T', N, ...), entry k for the k-th timestep in descending order, drawn from `generator`
+    where not given. class_labels: int64 (N,). clip: clamp the predicted x_0. timesteps_per_batch:
+    timesteps that share a forward pass; it changes the speed, not the draw.
     """
     timesteps = scheduler.timesteps.to(x_0.device)
     _check_arguments(x_0, noise, generator, len(timesteps), timesteps_per_batch)
@@ -64,7 +65,7 @@ def bits_per_dim(
 
 
 def prior_bits_per_dim(scheduler, x_0: Tensor) -> Tensor:
-    """KL(q(x_T | x_0) || N(0, 1)) (N,), bits a dimension, at the noisiest timestep of the scheduler's current run."""
+    """KL(q(x_T | x_0) || N(0, 1)) (N,), bits a dimension, at the noisiest timestep of the run."""
     alpha_bar = scheduler.alpha_bar[scheduler.timesteps[0].cpu()].item()
     log_variance = torch.full_like(x_0, math.log1p(-alpha_bar))
     zero = torch.zeros_like(x_0)
@@ -72,7 +73,7 @@ def prior_bits_per_dim(scheduler, x_0: Tensor) -> Tensor:
 
 
 def mean_and_standard_error(values: Tensor) -> tuple[float, float]:
-    """Mean of per-sample values (N,) and its standard error over samples; the error is NaN for a single sample."""
+    """Mean of values (N,) and its standard error, which is NaN for a single sample."""
     values = values.double()
     error = values.std() / math.sqrt(len(values)) if len(values) > 1 else math.nan
     return float(values.mean()), float(error)
@@ -81,7 +82,7 @@ def mean_and_standard_error(values: Tensor) -> tuple[float, float]:
 def _terms(
     model: Callable, scheduler, x_0: Tensor, noise: Tensor, timesteps: Tensor, class_labels: Tensor | None, clip: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The (N, k) columns vb, xstart_mse and mse of k timesteps, from noise (k, N, ...) in one forward pass."""
+    """The (N, k) columns vb, xstart_mse and mse of k timesteps, from noise (k, N, ...)."""
     k, samples = len(timesteps), len(x_0)
     t = timesteps.repeat_interleave(samples)  # (k * N,), timestep-major
     x_0, noise = x_0.repeat(k, *[1] * (x_0.ndim - 1)), noise.flatten(0, 1)

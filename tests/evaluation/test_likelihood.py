@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from hf_diffusion.likelihood import bits_per_dim, mean_and_standard_error, prior_bits_per_dim
+from hf_diffusion.evaluation.likelihood import bits_per_dim, mean_and_standard_error, prior_bits_per_dim
 from hf_diffusion.losses.gaussian import prediction_target
 from hf_diffusion.schedulers.scheduling_gaussian import CosineDDPMScheduler, LinearDDPMScheduler
 
@@ -13,7 +13,7 @@ SCALE = 0.25  # standard deviation of the Gaussian data
 
 
 class OptimalModel(nn.Module):
-    """The best network for data ~ N(0, SCALE^2): the conditional mean of the target, the true variance of x_s."""
+    """The best network for data ~ N(0, SCALE^2): conditional mean, true variance of x_s."""
 
     def __init__(self, scheduler):
         super().__init__()
@@ -62,7 +62,7 @@ def coarse_scheduler(**options):
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "sample", "v_prediction", "previous_mean"])
 def test_each_kl_of_the_optimal_model_is_the_closed_form(prediction_type):
-    """Eq. 8 of DDPM for one sample: coefficient of x_0 squared, times its squared error, over twice the variance."""
+    """Eq. 8 of DDPM for one sample: (coefficient of x_0 times its error)^2 over 2 variances."""
     scheduler = CosineDDPMScheduler(30, prediction_type=prediction_type)
     x_0, noise = gaussian_data(5, 2, 3), torch.randn(30, 5, 2, 3, generator=torch.Generator().manual_seed(1)).double()
     result = bits_per_dim(OptimalModel(scheduler), scheduler, x_0, noise, clip=False)
@@ -88,7 +88,8 @@ def test_the_terms_of_the_optimal_model_have_their_analytic_expectations():
     alpha_bar = scheduler.alpha_bar
     variance_of_x_0 = SCALE**2 * (1 - alpha_bar) / total_variance(alpha_bar)  # Var(x_0 | x_t)
     torch.testing.assert_close(result.xstart_mse.mean(0).flip(0), variance_of_x_0, rtol=0.03, atol=0)
-    # The KL with the posterior variance is Var(x_0 | x_t) (SNR_s - SNR_t) / 2, Eq. 14 of VDM (arXiv:2107.00630).
+    # The KL with the posterior variance is Var(x_0 | x_t) (SNR_s - SNR_t) / 2, Eq. 14 of VDM
+    # (arXiv:2107.00630).
     snr = alpha_bar / (1 - alpha_bar)
     expected = variance_of_x_0[1:] * (snr[:-1] - snr[1:]) / 2 / math.log(2)
     torch.testing.assert_close(result.vb.mean(0).flip(0)[1:], expected, rtol=0.03, atol=0)
@@ -96,7 +97,7 @@ def test_the_terms_of_the_optimal_model_have_their_analytic_expectations():
 
 @pytest.mark.parametrize("sections", [None, "8", "ddim10"])
 def test_the_bound_of_the_optimal_model_with_its_true_variances_is_the_entropy_of_the_data(sections):
-    """Where the reverse process is exact the bound is tight: the entropy of the binned data and the prior's gap."""
+    """Where the reverse process is exact the bound is the data's entropy and the prior's gap."""
     scheduler = coarse_scheduler(variance_type="learned")
     if sections is not None:
         scheduler.set_timesteps(timesteps=sections)

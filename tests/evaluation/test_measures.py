@@ -1,12 +1,12 @@
-"""Measures of images against a cached reference: agreement with the ruler, independence of shares, honest names."""
+"""Measures of samples against a cached reference: the ruler, shares, names, directions."""
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from accelerate import PartialState
 
 import hf_diffusion.evaluation.reference as reference_module
 from hf_diffusion.data.images import load_images
@@ -16,16 +16,11 @@ from hf_diffusion.evaluation.feature_networks import (
     feature_network,
     load_feature_network,
 )
-from hf_diffusion.evaluation.measures import check_metrics, distance_name, measure_images, network_features
+from hf_diffusion.evaluation.measures import METRICS, Measure, check_metrics, distance_name, measure_samples
 from hf_diffusion.evaluation.reference import reference_statistics
 
 
 SHARED = Path(__file__).resolve().parents[3] / "shared"
-
-
-@pytest.fixture(autouse=True)
-def state():
-    PartialState(cpu=True)
 
 
 def network_of(dimension: int, is_inception: bool = False, classifier=None) -> FeatureNetwork:
@@ -39,15 +34,14 @@ def chunks_of(images, labels=None, size: int = 50):
 
 
 def pixels_of(data) -> np.ndarray:
-    pixels = data.fetch(range(len(data)), epoch=0)["pixels"]
-    return ((pixels + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
+    return data.to_samples(data.fetch(range(len(data)), epoch=0))
 
 
 def test_real_images_measured_against_themselves_are_perfect(image_folder, tmp_path):
     data = load_images(train_data_dir=str(image_folder))
     network = feature_network(ResNetFeatures(width=4).eval(), "toy", torch.zeros(2, 1, 8, 8))
     reference = reference_statistics(data, network, tmp_path)
-    measures = measure_images(chunks_of(pixels_of(data)), len(data), network, reference, ["fd", "pr", "kd"])
+    measures = measure_samples(chunks_of(pixels_of(data)), len(data), network, reference, ["fd", "pr", "kd"])
     assert abs(measures["fd"].value) < 1e-6 and measures["fd"].name == "FD-120 (features toy)"
     assert measures["precision"].value == measures["recall"].value == 1
     assert measures["precision"].name == "precision (k=3, 120 real, 120 generated, features toy)"
@@ -78,9 +72,9 @@ def test_measures_agree_with_the_ruler_on_the_same_samples_and_network(tmp_path)
     with torch.no_grad():
         expected["label_accuracy"] = float((net.head(fake_features).argmax(1).numpy() == fake_labels).mean())
 
-    network = load_feature_network(weights, channels=1, size=(28, 28))
+    network = load_feature_network(weights, (1, 28, 28))
     reference = reference_statistics(data, network, tmp_path)
-    measures = measure_images(chunks_of(fake, fake_labels), 800, network, reference, ["fd", "pr", "label_accuracy"])
+    measures = measure_samples(chunks_of(fake, fake_labels), 800, network, reference, ["fd", "pr", "label_accuracy"])
     assert set(expected) == set(measures) and expected["fd"] > 1 and 0.1 < expected["recall"] < 0.99
     for name, value in expected.items():
         assert measures[name].value == pytest.approx(value, rel=1e-3), name
@@ -88,11 +82,11 @@ def test_measures_agree_with_the_ruler_on_the_same_samples_and_network(tmp_path)
 
 def test_measures_do_not_depend_on_how_images_are_cut_into_chunks(image_folder, tmp_path):
     data = load_images(train_data_dir=str(image_folder))
-    network = load_feature_network("pixels", channels=1, size=(8, 8))
+    network = load_feature_network("pixels", (1, 8, 8))
     reference = reference_statistics(data, network, tmp_path)
     images = np.random.default_rng(1).integers(0, 256, (90, 8, 8, 1), dtype=np.uint8)
     first, second = (
-        measure_images(chunks_of(images, size=size), 90, network, reference, ["fd", "kd", "pr"]) for size in (90, 7)
+        measure_samples(chunks_of(images, size=size), 90, network, reference, ["fd", "kd", "pr"]) for size in (90, 7)
     )
     for name in first:
         assert first[name].value == pytest.approx(second[name].value, rel=1e-9), name
@@ -125,34 +119,54 @@ def test_a_distance_at_a_small_number_of_images_never_has_the_published_name():
     assert distance_name("K", 1797, network_of(64)) == "KD-1.797k (features X)"
 
 
-MISTAKES = {
+def test_every_measure_of_samples_says_which_way_is_better(image_folder, tmp_path):
+    data = load_images(train_data_dir=str(image_folder))
+    network = feature_network(ResNetFeatures(width=4), "toy", torch.zeros(2, 1, 8, 8))
+    judge = replace(network, classifier=lambda images: images.flatten(1)[:, :2])
+    reference = reference_statistics(data, network, tmp_path)
+    measures = measure_samples(
+        chunks_of(pixels_of(data), data.labels), len(data), network, reference, METRICS, judge, data.labels
+    )
+    assert {key: measure.better for key, measure in measures.items()} == {
+        "fd": "lower", "kd": "lower", "precision": "higher", "recall": "higher", "label_accuracy": "higher",
+    }  # fmt: skip
+
+
+def test_a_measure_has_no_direction_unless_somebody_says_it():
+    with pytest.raises(TypeError, match="better"):
+        Measure("perplexity", 3.0)
+    with pytest.raises(ValueError, match="better='least' of 'perplexity' must be 'lower' or 'higher'"):
+        Measure("perplexity", 3.0, better="least")
+
+
+def test_the_better_value_wins_whatever_the_measure_is_called():
+    for name in ("eval_vb", "eval_nll", "bpd", "mmd", "perplexity", "fd", "loss"):
+        assert Measure(name, 1.0, better="lower").beats(2.0) and not Measure(name, 2.0, better="lower").beats(1.0)
+    for name in ("precision", "fd_similarity", "eval_loss_accuracy"):
+        assert Measure(name, 2.0, better="higher").beats(1.0) and not Measure(name, 1.0, better="higher").beats(2.0)
+    nan = Measure("fd", float("nan"), better="lower")
+    assert not nan.beats(1.0) and not Measure("fd", 1.0, better="lower").beats(1.0)
+
+
+REFUSED = {
     "unknown": ("fid", 100, 100, "unknown metric 'fid'; choose from"),
-    "few generated": (
-        "fd",
-        64,
-        900,
-        "64 generated images are too few .* in 64 features, .* raise num_images to 65 or more",
-    ),
-    "few real": ("fd", 900, 64, "64 real images are too few .* raise max_reference_images to 65"),
-    "few for kd": ("kd", 19, 900, "19 generated images are too few for a kernel distance"),
-    "few for pr": ("pr", 3, 900, "3 generated images are too few for precision and recall"),
+    "few generated": ("fd", 64, 900, "64 generated samples are too few .* in 64 features, .* raise num_images to 65"),
+    "few real": ("fd", 900, 64, "64 real samples are too few .* raise max_reference_images to 65"),
+    "few for kd": ("kd", 19, 900, "19 generated samples are too few for a kernel distance; raise num_images to 20"),
+    "few for pr": ("pr", 3, 900, "3 generated samples are too few for precision and recall"),
     "no labels": ("label_accuracy", 100, 100, "asked for by class"),
 }
 
 
-@pytest.mark.parametrize("mistake", MISTAKES)
-def test_what_cannot_be_measured_is_refused_by_counting(mistake):
-    metric, count, real, message = MISTAKES[mistake]
-    with pytest.raises(ValueError, match=message):
-        check_metrics([metric], count, real, network_of(64), classifies=True, labelled=False)
-
-
-def test_label_accuracy_needs_a_classifier():
+def test_what_cannot_be_measured_is_refused_by_counting():
+    for metric, count, real, message in REFUSED.values():
+        with pytest.raises(ValueError, match=message):
+            check_metrics([metric], count, real, network_of(64), classifies=True, labelled=False)
     with pytest.raises(ValueError, match="label_accuracy needs a classifier"):
         check_metrics(["label_accuracy"], 100, 100, network_of(64), classifies=False, labelled=True)
 
 
-def test_images_of_another_shape_than_the_network_takes_are_refused():
+def test_samples_of_another_shape_than_the_network_takes_are_refused():
     network = feature_network(ResNetFeatures(width=4), "toy", torch.zeros(2, 1, 8, 8))
-    with pytest.raises(ValueError, match=r"the network toy does not take images \(2, 3, 8, 8\)"):
-        network_features(network, np.zeros((2, 8, 8, 3), dtype=np.uint8))
+    with pytest.raises(ValueError, match=r"the network toy does not take samples \(2, 3, 8, 8\)"):
+        network.features(np.zeros((2, 8, 8, 3), dtype=np.uint8))

@@ -1,0 +1,1 @@
+"""Pictures: grids of samples and curves of runs."""
