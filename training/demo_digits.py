@@ -72,7 +72,7 @@ def main() -> int:
     train(OUTPUT)
     trained = time.perf_counter()
     images, labels = draw_in_a_new_process(OUTPUT, PER_CLASS)
-    from hf_diffusion.figures import labelled_grid
+    from hf_diffusion.figures.grid import labelled_grid
 
     first = np.concatenate([np.flatnonzero(labels == digit)[:8] for digit in range(10)])
     labelled_grid(images[first], columns=8, row_labels=[str(digit) for digit in range(10)]).save(

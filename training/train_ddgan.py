@@ -31,85 +31,44 @@ schedule, gives the discriminator something to see there.
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from accelerate import Accelerator
-from PIL import Image
 from torch import nn
 
-from hf_diffusion.config.training import GenerativeTrainingConfig, option, parse_config
-from hf_diffusion.data.images import ImageData
-from hf_diffusion.ddgan_trainer import R1_GAMMA, AdversarialObjective, DDGANTrainer
-from hf_diffusion.dry_run import dry_run
-from hf_diffusion.figures import labelled_grid
-from hf_diffusion.hub.loading import load_pipeline
+from hf_diffusion.config.options import option
+from hf_diffusion.config.run_options import TrainingConfig
+from hf_diffusion.config.shared_options import ClassOptions, DataOptions, MeasureOptions
+from hf_diffusion.data.points import SHAPES
+from hf_diffusion.data.protocol import TrainingData
+from hf_diffusion.loop.generative import generative_trainer
+from hf_diffusion.loop.init_from import trained_generator
+from hf_diffusion.loop.start import run
+from hf_diffusion.loop.trainer import Trainer
 from hf_diffusion.losses.adversarial import normalise_spectrally
+from hf_diffusion.losses.adversarial_game import AdversarialGame, AdversarialOptions
+from hf_diffusion.models.mlp_points import PointDiscriminator, PointGenerator
 from hf_diffusion.models.ncsnpp_ddgan import DDGANDiscriminator, DDGANGenerator
-from hf_diffusion.models.unet_adm import ADMGenerator, ADMUNet2DModel
 from hf_diffusion.pipelines.pipeline_ddgan import DDGANPipeline
-from hf_diffusion.run import (
-    check_best_metric,
-    load_training_data,
-    one_sentence_errors,
-    sample_measures,
-    start_run,
-    train_and_share,
-)
 from hf_diffusion.schedulers.scheduling_ddgan import DDGANScheduler
-from hf_diffusion.timestep_sampling import stratified_timesteps, uniform_timesteps
 
 
-PROG = "train_ddgan.py"
-SAMPLERS = {"uniform": uniform_timesteps, "stratified": stratified_timesteps}
-SATURATING = {"default": None, "minmax": True, "non_saturating": False}
 STDDEV_GROUP = 4  # consecutive images whose deviation the discriminator sees
 
 
 @dataclass(kw_only=True)
-class DDGANConfig(GenerativeTrainingConfig):
+class DDGANConfig(MeasureOptions, AdversarialOptions, ClassOptions, TrainingConfig, DataOptions):
     """Train a denoising diffusion GAN on images, with or without classes."""
 
-    class_conditional: bool = option(
-        False, "learn the classes of the data, so that samples can be asked for by class", group="method"
-    )
-    num_timesteps: int = option(4, "steps of the process and of sampling, T", at_least=1, at_most=16)
-    divergence: Literal["js", "hellinger", "reverse_kl", "total_variation", "wasserstein"] = option(
-        "js", "divergence that the generator minimises"
-    )
-    generator_objective: Literal["default", "minmax", "non_saturating"] = option(
-        "default", "the generator's side of the game; default is non_saturating for js and minmax for the others"
-    )
-    # R1 sums over pixels, so a good gamma grows with neither size nor batch by any rule; the defaults are a start.
-    r1_gamma: float | None = option(
-        None,
-        "weight of R1, the squared gradient of the discriminator at real images; none goes by the divergence",
-        at_least=0,
-        tied=False,
-    )
-    r1_interval: int = option(1, "apply R1 at every so many steps", at_least=1, tied=False)
-    # The paper's code does not multiply; without it a longer interval is a weaker penalty.
-    r1_times_interval: bool = option(
-        True, "multiply r1_gamma by the interval, so that the mean penalty stays the same"
-    )
-    wgan_gp: float = option(
-        0.0, "weight of WGAN-GP, a gradient of norm 1 between real and generated; 0 is none", at_least=0
-    )
-    spectral_norm: bool = option(False, "divide the discriminator's weights by their spectral norms")
-    # A generator that is good already must not follow a discriminator that knows nothing yet.
-    discriminator_warmup_steps: int = option(
-        0, "first steps, in which the discriminator alone is updated", at_least=0, tied=False
-    )
-    n_critic: int = option(
-        1, "update the generator at every so many steps; every step updates the discriminator", at_least=1, tied=False
-    )
-    l1_weight: float = option(0.0, "weight of the distance |prediction - x_0| in the generator's loss", at_least=0)
+    method: ClassVar[str] = "ddgan"
+    kind: ClassVar[str] = "denoising diffusion GAN"
+    tags: ClassVar[tuple[str, ...]] = ("ddgan",)
+
+    num_timesteps: int = option(4, "steps of the process and of sampling, T", group="method", at_least=1, at_most=16)
     schedule: Literal["vp", "geometric"] = option("vp", "noise schedule")
     beta_min: float = option(0.1, "first rate of vp; first variance of geometric, such as 0.01", above=0)
     beta_max: float = option(20.0, "last rate of vp; last variance of geometric, such as 0.99", above=0)
-    timestep_sampling: Literal["uniform", "stratified"] = option(
-        "uniform", "how a batch's timesteps are drawn; the paper's code draws them uniformly"
-    )
 
     init_from: str | None = option(
         None,
@@ -143,9 +102,7 @@ class DDGANConfig(GenerativeTrainingConfig):
     discriminator_patch_size: int | None = option(
         None, "side of the pixel patches that the discriminator works on; none takes patch_size", at_least=1
     )
-    discriminator_full_precision: bool = option(
-        False, "compute the discriminator in float32, whatever mixed_precision says of the generator", tied=False
-    )
+    spectral_norm: bool = option(False, "divide the discriminator's weights by their spectral norms")
     discriminator_learning_rate: float | None = option(
         None, "highest learning rate of the discriminator; none takes learning_rate", above=0, tied=False
     )
@@ -156,110 +113,51 @@ class DDGANConfig(GenerativeTrainingConfig):
     adam_beta2: float = option(0.9, "decay of AdamW's mean of the squared gradients", at_least=0, below=1)
     max_grad_norm: float | None = option(None, "norm to which gradients are clipped; none does not clip", above=0)
 
-    def validate(self) -> None:
-        super().validate()
+    def check(self) -> None:
+        """ValueError for settings of the two networks that contradict each other."""
         if self.train_batch_size % STDDEV_GROUP:
             raise ValueError(
-                f"train_batch_size {self.train_batch_size} is no multiple of {STDDEV_GROUP}, the images that the discriminator "
-                "compares with each other; give one"
+                f"train_batch_size {self.train_batch_size} is no multiple of {STDDEV_GROUP}, the images that the "
+                "discriminator compares with each other; give one"
             )
         if self.gradient_checkpointing and (self.gamma > 0 or self.wgan_gp > 0):
             raise ValueError(
-                "gradient_checkpointing and a penalty on the discriminator's gradient exclude each other; leave the former out, "
-                "or set r1_gamma 0 and wgan_gp 0"
+                "gradient_checkpointing and a penalty on the discriminator's gradient exclude each other; leave the "
+                "former out, or set r1_gamma 0 and wgan_gp 0"
             )
 
-    @property
-    def gamma(self) -> float:
-        """The weight of R1 that is used."""
-        return R1_GAMMA[self.divergence] if self.r1_gamma is None else self.r1_gamma
+    def generator_shape(self, sample_shape: tuple[int, ...]) -> dict[str, Any]:
+        """The arguments of a DDGANGenerator for images of a shape (C, H, W)."""
+        channels, height, width = sample_shape
+        channel_mult = self.channel_mult or levels_for(min(height, width) // self.patch_size)
+        heights = [height // self.patch_size // 2**level for level in range(len(channel_mult))]
+        attention = (16,) if 16 in heights else (heights[-1],)
+        return {
+            "sample_size": (height, width),
+            "in_channels": channels,
+            "model_channels": self.model_channels,
+            "channel_mult": channel_mult,
+            "num_res_blocks": self.num_res_blocks,
+            "attention_sizes": attention if self.attention_sizes is None else self.attention_sizes,
+            "latent_dim": self.latent_dim,
+            "latent_embed_dim": self.latent_embed_dim,
+            "num_latent_layers": self.num_latent_layers,
+            "dropout": self.dropout,
+            "patch_size": self.patch_size,
+        }
 
-    def objective(self) -> AdversarialObjective:
-        """What the two networks play for."""
-        return AdversarialObjective(
-            divergence=self.divergence,
-            saturating=SATURATING[self.generator_objective],
-            r1_gamma=self.gamma,
-            r1_interval=self.r1_interval,
-            r1_times_interval=self.r1_times_interval,
-            wgan_gp=self.wgan_gp,
-            l1_weight=self.l1_weight,
-            n_critic=self.n_critic,
-            warmup_steps=self.discriminator_warmup_steps,
-            full_precision=self.discriminator_full_precision,
-        )
-
-
-def build_scheduler(config: DDGANConfig) -> DDGANScheduler:
-    """The process of training and sampling."""
-    return DDGANScheduler(config.num_timesteps, config.beta_min, config.beta_max, config.schedule)
-
-
-def build_generator(config: DDGANConfig, data: ImageData) -> DDGANGenerator | ADMGenerator:
-    """A generator for the size, channels and classes of the data."""
-    if config.class_conditional and not data.num_classes:
-        raise ValueError(
-            f"class_conditional is set, but {data.name} has no labels; leave it out, or name the column by --label_column"
-        )
-    if config.init_from is not None:
-        return trained_generator(config, data)
-    channel_mult = config.channel_mult or levels_for(min(data.size) // config.patch_size)
-    heights = [data.size[0] // config.patch_size // 2**level for level in range(len(channel_mult))]
-    torch.manual_seed(config.seed)
-    return DDGANGenerator(
-        sample_size=data.size,
-        in_channels=data.channels,
-        model_channels=config.model_channels,
-        channel_mult=channel_mult,
-        num_res_blocks=config.num_res_blocks,
-        attention_sizes=((16,) if 16 in heights else (heights[-1],))
-        if config.attention_sizes is None
-        else config.attention_sizes,
-        latent_dim=config.latent_dim,
-        latent_embed_dim=config.latent_embed_dim,
-        num_latent_layers=config.num_latent_layers,
-        dropout=config.dropout,
-        num_class_embeds=data.num_classes if config.class_conditional else None,
-        patch_size=config.patch_size,
-    )
-
-
-def trained_generator(config: DDGANConfig, data: ImageData) -> DDGANGenerator | ADMGenerator:
-    """The generator to start from that `init_from` names; ValueError where it does not fit the data or the process."""
-    pipe, process = load_pipeline(config.init_from), build_scheduler(config)
-    torch.manual_seed(config.seed)  # of the latent's embedding, which is new
-    if isinstance(pipe, DDGANPipeline):
-        wanted = {name: value for name, value in process.config.items() if not name.startswith("_")}
-        differing = [name for name, value in wanted.items() if pipe.scheduler.config.get(name) != value]
-        if differing:
-            name = differing[0]
-            raise ValueError(
-                f"init_from {config.init_from} was trained with {name} {pipe.scheduler.config.get(name)}, and this run has "
-                f"{process.config[name]}; give what it was trained with"
-            )
-        generator = pipe.generator
-    elif isinstance(getattr(pipe, "unet", None), ADMUNet2DModel):
-        generator = ADMGenerator.from_denoiser(
-            pipe.unet,
-            pipe.scheduler.alphas_cumprod,
-            pipe.scheduler.config.prediction_type,
-            process.alpha_bar[1:],
-            config.latent_dim,
-        )
-    else:
-        raise ValueError(
-            f"init_from {config.init_from} is a {type(pipe).__name__}; a DDGANPipeline or a pipeline with an ADMUNet2DModel is needed"
-        )
-    shape = generator.config
-    size = (shape.sample_size,) * 2 if isinstance(shape.sample_size, int) else tuple(shape.sample_size)
-    classes = data.num_classes if config.class_conditional else None
-    if (shape.in_channels, size, shape.num_class_embeds) != (data.channels, tuple(data.size), classes):
-        raise ValueError(
-            f"init_from {config.init_from} makes images of {size[0]}x{size[1]} with {shape.in_channels} channels and "
-            f"{shape.num_class_embeds or 'no'} classes, the training {data.size[0]}x{data.size[1]}, {data.channels} and "
-            f"{classes or 'none'}; choose resolution, channels and class_conditional to agree"
-        )
-    return generator
+    def papers(self) -> tuple[str, ...]:
+        used = {
+            "xiao2022tackling": True,
+            # NCSN++, the generator of images.
+            "song2021score": self.dataset_name not in SHAPES,
+            "nowozin2016fgan": self.divergence in ("hellinger", "reverse_kl", "total_variation"),
+            "arjovsky2017wasserstein": self.divergence == "wasserstein",
+            "mescheder2018which": self.r1_gamma != 0,
+            "gulrajani2017improved": self.wgan_gp > 0,
+            "miyato2018spectral": self.spectral_norm,
+        }
+        return tuple(paper for paper, is_used in used.items() if is_used)
 
 
 def levels_for(side: int) -> tuple[int, ...]:
@@ -279,86 +177,72 @@ def levels_for(side: int) -> tuple[int, ...]:
     return wanted[: halvings + 1]
 
 
-def build_discriminator(config: DDGANConfig, data: ImageData) -> DDGANDiscriminator:
-    """A discriminator for the size, channels and classes of the data, with groups that any number of processes shares alike."""
-    variant = config.discriminator
-    if variant == "auto":
-        variant = "large" if min(data.size) >= 128 else "small"
+def build_scheduler(config: DDGANConfig) -> DDGANScheduler:
+    """The process of training and sampling."""
+    return DDGANScheduler(config.num_timesteps, config.beta_min, config.beta_max, config.schedule)
+
+
+def build_generator(config: DDGANConfig, data: TrainingData) -> nn.Module:
+    """A generator for the shape and the classes of the data, or the trained one that `init_from` names."""
+    classes = config.num_class_embeds(data)
+    if config.init_from is not None:
+        return trained_generator(config, data, build_scheduler(config))
+    torch.manual_seed(config.seed)
+    if data.kind == "points":
+        return PointGenerator(
+            in_channels=data.sample_shape[0],
+            model_channels=config.model_channels,
+            num_res_blocks=config.num_res_blocks,
+            latent_dim=config.latent_dim,
+            dropout=config.dropout,
+            num_class_embeds=classes,
+        )
+    return DDGANGenerator(**config.generator_shape(data.sample_shape), num_class_embeds=classes)
+
+
+def build_discriminator(config: DDGANConfig, data: TrainingData) -> nn.Module:
+    """A discriminator for the shape and the classes of the data.
+
+    Its groups are such that any number of processes shares them alike.
+    """
+    classes, (channels, *size) = config.num_class_embeds(data), data.sample_shape
     torch.manual_seed(config.seed + 1)
-    discriminator = DDGANDiscriminator(
-        sample_size=data.size,
-        in_channels=data.channels,
-        base_channels=config.discriminator_channels,
-        time_embed_dim=config.time_embed_dim,
-        variant=variant,
-        stddev_group_size=STDDEV_GROUP,
-        stddev_contiguous_groups=True,
-        num_class_embeds=data.num_classes if config.class_conditional else None,
-        patch_size=config.discriminator_patch_size or config.patch_size,
-    )
+    if data.kind == "points":
+        discriminator = PointDiscriminator(
+            in_channels=channels, model_channels=config.discriminator_channels, num_class_embeds=classes
+        )
+    else:
+        by_size = "large" if min(size) >= 128 else "small"
+        discriminator = DDGANDiscriminator(
+            sample_size=tuple(size),
+            in_channels=channels,
+            base_channels=config.discriminator_channels,
+            time_embed_dim=config.time_embed_dim,
+            variant=by_size if config.discriminator == "auto" else config.discriminator,
+            stddev_group_size=STDDEV_GROUP,
+            stddev_contiguous_groups=True,
+            num_class_embeds=classes,
+            patch_size=config.discriminator_patch_size or config.patch_size,
+        )
     return normalise_spectrally(discriminator) if config.spectral_norm else discriminator
 
 
-def build_pipeline(config: DDGANConfig, generator: nn.Module, data: ImageData) -> DDGANPipeline:
-    """What users load: the generator with its scheduler and the names of the classes."""
+def build(config: DDGANConfig, accelerator: Accelerator, data: TrainingData) -> Trainer:
+    """The trainer of both networks; users get the generator with its scheduler and the names of the classes."""
+    generator, discriminator = build_generator(config, data), build_discriminator(config, data)
+    rates = (config.learning_rate, config.discriminator_learning_rate or config.learning_rate)
+    game = AdversarialGame(build_scheduler(config), generator, discriminator, config, rates)
     names = dict(enumerate(data.class_names)) if config.class_conditional else None
-    return DDGANPipeline(generator=generator, scheduler=build_scheduler(config), id2label=names)
 
+    def pipeline(network: nn.Module) -> DDGANPipeline:
+        return DDGANPipeline(network, build_scheduler(config), names)
 
-def draw_grid(config: DDGANConfig, pipeline: DDGANPipeline) -> Image.Image:
-    """A grid from fixed seeds, a row for each class where there are classes."""
-    count = config.num_sample_images
-    classes = sorted(pipeline.id2label) if pipeline.id2label else None
-    columns = max(1, count // len(classes)) if classes else max(1, round(count**0.5))
-    labels = [label for label in classes for _ in range(columns)][:count] if classes else None
-    pipeline.set_progress_bar_config(disable=True)
-    images = pipeline(
-        class_labels=labels,
-        **({} if labels else {"batch_size": count}),
-        generator=[torch.Generator().manual_seed(config.seed + i) for i in range(len(labels) if labels else count)],
-    ).images
-    rows = [pipeline.id2label[label] for label in labels[::columns]] if labels else None
-    return labelled_grid(images, columns, rows)
-
-
-def build_trainer(config: DDGANConfig, accelerator: Accelerator, data: ImageData) -> DDGANTrainer:
-    """Both networks with all that the settings say about training them."""
-    generator = build_generator(config, data)
-    measurements = sample_measures(config, accelerator, data, lambda net: build_pipeline(config, net, data), generator)
-    check_best_metric(config, measurements)
-    return DDGANTrainer(
-        config,
-        accelerator,
-        generator,
-        build_discriminator(config, data),
-        build_scheduler(config),
-        data,
-        config.objective(),
-        SAMPLERS[config.timestep_sampling],
-        config.discriminator_learning_rate or config.learning_rate,
-        export=lambda averaged, folder: build_pipeline(config, averaged, data).save_pretrained(folder),
-        preview=lambda network: draw_grid(config, build_pipeline(config, network, data)),
-        measurements=measurements,
-    )
+    return generative_trainer(config, accelerator, game, data, pipeline)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    config = parse_config(DDGANConfig, argv, prog=PROG)
-    with one_sentence_errors(PROG):
-        accelerator = start_run(config)
-        data = load_training_data(config, accelerator)
-        trainer = build_trainer(config, accelerator, data)
-        if config.dry_run:
-            dry_run(trainer)
-            return 0
-    train_and_share(
-        trainer,
-        method="ddgan",
-        command=[PROG, *(sys.argv[1:] if argv is None else argv)],
-        kind="denoising diffusion GAN",
-        tags=["ddgan"],
-    )
-    return 0
+    """Train as the command line says; returns the exit status."""
+    return run(DDGANConfig, build, argv, prog="train_ddgan.py")
 
 
 if __name__ == "__main__":

@@ -17,25 +17,22 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import DistributedType
 
+from hf_diffusion.loop.trainer import Trainer
+from hf_diffusion.losses.denoising import DenoisingObjective
 from hf_diffusion.training import train_ddpm
 
 
 def poisoned() -> None:
-    build_loss = train_ddpm.build_loss
+    values_of, calls = DenoisingObjective.values, []
 
-    def build(config, scheduler, null_class_id, accelerator):
-        loss, calls = build_loss(config, scheduler, null_class_id, accelerator), []
+    def poison(objective, *inputs):
+        values = values_of(objective, *inputs)
+        calls.append(None)
+        if len(calls) == 3 and objective.accelerator.is_last_process:
+            values["loss"] = values["loss"] * torch.tensor([1.0] * (len(values["loss"]) - 1) + [torch.inf])
+        return values
 
-        def poison(*arguments):
-            values = loss(*arguments)
-            calls.append(None)
-            if len(calls) == 3 and accelerator.is_last_process:
-                values["loss"] = values["loss"] * torch.tensor([1.0] * (len(values["loss"]) - 1) + [torch.inf])
-            return values
-
-        return poison
-
-    train_ddpm.build_loss = build
+    DenoisingObjective.values = poison
 
 
 def sharded() -> None:
@@ -50,7 +47,7 @@ def deepspeed() -> None:
 
 
 def limited() -> None:
-    step, save = train_ddpm.Trainer._optimizer_step, train_ddpm.Trainer._save
+    step, save = Trainer.optimizer_step, Trainer._save
 
     def limited_step(trainer, stream):
         if trainer.step == 3:
@@ -67,7 +64,7 @@ def limited() -> None:
         resource.setrlimit(resource.RLIMIT_DATA, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
         save(trainer)
 
-    train_ddpm.Trainer._optimizer_step, train_ddpm.Trainer._save = limited_step, unlimited_save
+    Trainer.optimizer_step, Trainer._save = limited_step, unlimited_save
 
 
 if __name__ == "__main__":

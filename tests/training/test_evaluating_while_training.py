@@ -11,10 +11,11 @@ import pytest
 import yaml
 from safetensors.torch import load_file
 
-import hf_diffusion.evaluation.in_training as in_training
 from hf_diffusion import ClassifierFreeGuidancePipeline, DDGANPipeline
 from hf_diffusion.cli import main as command
-from hf_diffusion.figures import _read_metrics, _series
+from hf_diffusion.evaluation import in_training
+from hf_diffusion.evaluation.measures import Evaluation, Measure
+from hf_diffusion.figures.curves import read_metrics, series
 from hf_diffusion.training import train_ddgan, train_ddpm
 from tests.launching import ENVIRONMENT, launcher
 from tests.training.test_train_ddpm import REPO, TINY, assert_same_weights, metrics, weights
@@ -62,13 +63,13 @@ def test_the_log_holds_the_held_out_loss_and_the_measures_of_samples_with_their_
     assert protocol["sampling"]["options"]["num_inference_steps"] == 2 and protocol["features"]["name"] == "pixels"
     assert losses[4]["protocol"]["held_out"]["split"] == "train[80:120]"
     card = (finished / "README.md").read_text()
-    assert "FD-80 (features pixels)" in card and "loss on held-out images" in card and "seeds 3 to 82" in card
+    assert "FD-80 (features pixels)" in card and "loss on held-out data" in card and "seeds 3 to 82" in card
 
 
 def test_training_and_held_out_losses_of_one_step_are_both_drawn(finished):
-    records = _read_metrics(finished / "metrics.jsonl")
+    records = read_metrics(finished / "metrics.jsonl")
     for key in ("loss", "eval_loss", "eval_loss_q0", "fd", "lr"):
-        assert _series(records, key)[0].tolist() == [2, 4, 6], key
+        assert series(records, key)[0].tolist() == [2, 4, 6], key
     assert (finished / "loss_curve.png").is_file()
 
 
@@ -101,17 +102,17 @@ def test_the_best_model_is_kept_as_a_pipeline_that_loads_with_its_measures(finis
 
 
 def test_a_later_worse_model_does_not_replace_the_best_one(tmp_path, monkeypatch):
-    values, original = iter([0.5, 0.4, 0.1]), in_training.SampleMeasures.__call__
+    values, original = iter([0.5, 0.4, 0.1]), in_training.SampleEvaluator.__call__
     seen = []
 
     def falling(measure, model, stopping):
         seen.append({name: value.clone() for name, value in model.state_dict().items()})
         found = original(measure, model, stopping)
-        return in_training.Evaluation(
-            found.measures | {"recall": in_training.Measure("recall", next(values))}, found.protocol
+        return Evaluation(
+            found.measures | {"recall": Measure("recall", next(values), better="higher")}, found.protocol
         )
 
-    monkeypatch.setattr(in_training.SampleMeasures, "__call__", falling)
+    monkeypatch.setattr(in_training.SampleEvaluator, "__call__", falling)
     folder = run(tmp_path, "--best_metric", "recall")
     assert json.loads((folder / "best" / "best.json").read_text())["step"] == 2
     assert_same_weights(load_file(folder / "best" / "unet" / "diffusion_pytorch_model.safetensors"), seen[0])

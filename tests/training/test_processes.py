@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from hf_diffusion import ADMUNet2DModel
-from hf_diffusion.checkpoints import list_checkpoints, read_manifest
+from hf_diffusion.loop.checkpoints import list_checkpoints, read_manifest
 from hf_diffusion.training import train_ddpm
 from tests.launching import CONFIGS, ENVIRONMENT, forked, free_port, launcher
 from tests.training.test_train_ddpm import REPO, TINY, assert_same_weights, metrics, weights

@@ -11,9 +11,8 @@ import accelerate.utils.other
 import pytest
 import torch
 
-from hf_diffusion import checkpoints, training_run
-from hf_diffusion.checkpoints import BadCheckpoint, latest_checkpoint, list_checkpoints, read_manifest
-from hf_diffusion.training import train_ddpm
+from hf_diffusion.loop import checkpoints, trainer
+from hf_diffusion.loop.checkpoints import BadCheckpoint, latest_checkpoint, list_checkpoints, read_manifest
 from tests.training.test_train_ddpm import assert_same_weights, run, weights
 
 
@@ -51,14 +50,14 @@ FULL_DISKS = {
 
 def at_step(patch: pytest.MonkeyPatch, step: int, act: Callable) -> None:
     """Call `act(patch)` before the checkpoint of a step is written."""
-    save = training_run.save_checkpoint
+    save = trainer.save_checkpoint
 
     def save_checkpoint(accelerator, output_dir, now, *rest):
         if now == step:
             act(patch)
         return save(accelerator, output_dir, now, *rest)
 
-    patch.setattr(training_run, "save_checkpoint", save_checkpoint)
+    patch.setattr(trainer, "save_checkpoint", save_checkpoint)
 
 
 @pytest.mark.parametrize("disk", FULL_DISKS)
@@ -98,7 +97,7 @@ def test_a_failure_of_torch_save_in_its_own_words_is_recognised_as_one_of_the_di
 
 
 def test_a_full_disk_at_another_place_names_the_checkpoint_that_is_left(tmp_path, monkeypatch):
-    monkeypatch.setattr(training_run.MetricsLog, "draw", no_room)
+    monkeypatch.setattr(trainer.MetricsLog, "draw", no_room)
     with pytest.raises(
         SystemExit, match="No space left on device; checkpoint-00000003 is untouched, go on with --resume"
     ):
@@ -142,9 +141,9 @@ def test_a_checkpoint_of_another_run_is_refused_with_all_that_differs(whole, tmp
 
 def test_a_learning_rate_and_a_decay_may_change_on_the_way_and_that_is_said(whole, tmp_path, capsys, monkeypatch):
     decays = []
-    finish = train_ddpm.Trainer._finish
+    finish = trainer.Trainer._finish
     monkeypatch.setattr(
-        train_ddpm.Trainer, "_finish", lambda run, stop: decays.append(run.ema.decay) or finish(run, stop)
+        trainer.Trainer, "_finish", lambda run, stop: decays.append(run.shared.average.decay) or finish(run, stop)
     )
     checkpoint = str(whole / "checkpoint-00000006")
     flags = ["--learning_rate", "0.001", "--ema_max_decay", "0.5", "--logging_steps", "1"]

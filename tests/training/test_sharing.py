@@ -4,7 +4,6 @@ import hashlib
 import json
 import os
 import re
-import signal
 from pathlib import Path
 
 import huggingface_hub
@@ -13,12 +12,14 @@ import torch
 from huggingface_hub import CommitOperationAdd, HfApi, constants, metadata_load
 
 from hf_diffusion import ADMClassifier, ClassifierFreeGuidancePipeline, cli
-from hf_diffusion.checkpoints import BadCheckpoint
-from hf_diffusion.hub import outbox, sharing
-from hf_diffusion.hub.dataset_card import data_set_facts, facts_of_card
+from hf_diffusion.cards.data_set import data_set_facts, facts_of_card
+from hf_diffusion.hub import outbox
+from hf_diffusion.loop import sharing
+from hf_diffusion.loop.checkpoints import BadCheckpoint
 from hf_diffusion.training import train_classifier, train_ddgan, train_ddpm
-from tests.pipelines.test_loading import run_child
-from tests.test_push import connect
+from tests.hub.test_push import connect
+from tests.pipelines.fresh_process import run_child
+from tests.training.interruptions import stop_after
 from tests.training.test_train_ddpm import TINY, assert_same_weights, weights
 
 
@@ -33,17 +34,6 @@ def api(hub, monkeypatch):
 def run(output_dir: Path, repo: str, *flags: str) -> None:
     flags = ("--output_dir", str(output_dir), "--push_to_hub", "--hub_model_id", repo, *flags)
     assert train_ddpm.main([*TINY, "--max_train_steps", "5", *flags]) == 0
-
-
-def stop_after(monkeypatch, step: int) -> None:
-    original = train_ddpm.Trainer._optimizer_step
-
-    def step_and_signal(trainer, stream):
-        original(trainer, stream)
-        if trainer.step + 1 == step:
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    monkeypatch.setattr(train_ddpm.Trainer, "_optimizer_step", step_and_signal)
 
 
 @pytest.mark.slow

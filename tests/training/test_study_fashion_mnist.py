@@ -3,6 +3,7 @@
 The trainings themselves take hours: here the commands are caught, parsed by their real parsers, and answered with made-up measures.
 """
 
+import itertools
 import json
 import sys
 from pathlib import Path
@@ -10,9 +11,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from hf_diffusion.cli import UsageError, build_parser
-from hf_diffusion.commands.evaluate import all_settings
-from hf_diffusion.config.training import parse_config
+from hf_diffusion.commands.evaluate import EvaluateCommand
+from hf_diffusion.config.command_line import parse_config
 from hf_diffusion.training import study_fashion_mnist as study
 from hf_diffusion.training.train_classifier import ClassifierConfig
 from hf_diffusion.training.train_ddgan import DDGANConfig
@@ -31,7 +31,8 @@ class Machine:
 
     def launch(self, words: list[str]) -> None:
         if words[0] == "hf_diffusion.cli":
-            self.evaluate(build_parser().parse_args(words[1:]))
+            assert words[1] == "evaluate"
+            self.evaluate(parse_config(EvaluateCommand, words[2:]))
         else:
             script = Path(words[1]).name
             config = parse_config(CONFIGS[script], words[2:])
@@ -42,8 +43,11 @@ class Machine:
     def evaluate(self, args) -> None:
         self.evaluated.append(args)
         results = []
-        for number, setting in enumerate(all_settings(args, UsageError), 1):
-            steps = setting.get("num_inference_steps") or args.num_inference_steps
+        swept = {name: values.split(",") for name, values in (text.split("=") for text in args.sweep)}
+        for number, values in enumerate(itertools.product(*swept.values()), 1):
+            texts = dict(zip(swept, values))
+            setting = {name: text if name == "guidance" else float(text) for name, text in texts.items()}
+            steps = int(setting.get("num_inference_steps", 0)) or args.num_inference_steps
             free = setting.get("guidance") != "classifier"
             sampling = {
                 "pipeline": "ClassifierFreeGuidancePipeline" if free else "ClassifierGuidancePipeline",

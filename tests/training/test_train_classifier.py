@@ -1,15 +1,12 @@
 """train_classifier.py end to end on the CPU: what a run leaves, exact resume, several processes, and guidance by what it trained."""
 
 import json
-import os
-import signal
 import subprocess
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from accelerate import Accelerator
 from safetensors.torch import load_file
 
 from hf_diffusion import (
@@ -19,11 +16,10 @@ from hf_diffusion import (
     DDIMEtaScheduler,
     LinearDDPMScheduler,
 )
-from hf_diffusion.data.images import load_images
-from hf_diffusion.randomness import Draw
 from hf_diffusion.training import train_classifier, train_ddpm
 from hf_diffusion.training.demo_digits import judge
 from tests.launching import ENVIRONMENT, launcher
+from tests.training.interruptions import stop_after
 
 
 REPO = Path(__file__).resolve().parents[2]
@@ -90,70 +86,10 @@ def test_accuracy_on_held_out_images_is_logged_for_every_quartile_of_the_timeste
     assert {"loss", "top1", "top5", "lr"} <= set(records[0])
     card = (finished / "README.md").read_text()
     assert (
-        "top1 on held-out images, quartile 1 of the timesteps" in card
+        "top1 on held-out data, quarter 1 of the noise levels" in card
         and "classifier" in card
         and "unconditional-image-generation" not in card
     )
-
-
-def test_the_evaluation_is_right_for_a_known_answer():
-    accelerator = Accelerator(cpu=True)
-    config = train_classifier.ClassifierConfig(dataset_name="digits", max_train_steps=1, eval_split="train[:50]")
-    data = load_images("digits", split="train[:50]")
-    scheduler = LinearDDPMScheduler(**train_classifier.noise_schedule(config))
-    (measure,) = train_classifier.build_measurements(config, accelerator, scheduler, data)
-
-    def says_three(x, t):
-        logits = torch.nn.functional.one_hot(torch.full((len(x),), 3), 10).float()
-        return type("Output", (), {"logits": logits})
-
-    evaluation = measure(says_three, lambda: False)
-    assert evaluation.measures["eval_top1_q2"].value == pytest.approx(np.mean(data.labels == 3))
-    assert set(measure.keys) == set(evaluation.measures)
-
-
-def test_the_network_is_trained_at_the_timesteps_that_the_noise_was_drawn_for():
-    config = train_classifier.ClassifierConfig(dataset_name="digits", max_train_steps=1)
-    scheduler = LinearDDPMScheduler(**train_classifier.noise_schedule(config))
-    x_0, seen = torch.zeros(64, 1, 8, 8), {}
-
-    def model(x_t, t):
-        seen.update(x_t=x_t, t=t)
-        return type("Output", (), {"logits": torch.zeros(64, 10)})
-
-    batch = {"pixels": x_0, "labels": torch.zeros(64, dtype=torch.int64)}
-    values = train_classifier.build_loss(config, scheduler)(
-        model, batch, Draw(0, 0, slice(0, 64), 64, torch.device("cpu"))
-    )
-    assert seen["t"].dtype == torch.int64 and seen["t"].min() < 16 and seen["t"].max() >= 984
-    std = (1 - scheduler.alpha_bar[seen["t"]]).sqrt().float()
-    noise = seen["x_t"].flatten(1).std(1) / std  # 1 for each image, if its t is the level of its noise
-    assert (noise - 1).abs().max() < 0.45 and abs(noise.mean() - 1) < 0.05
-    torch.testing.assert_close(values["loss"], torch.full((64,), 10.0).log())
-
-
-def test_hits_count_the_label_among_the_first_and_the_first_five():
-    logits = torch.tensor([[3.0, 2, 1, 0, -1, -2], [3.0, 2, 1, 0, -1, -2], [3.0, 2, 1, 0, -1, -2]])
-    found = train_classifier.hits(logits, torch.tensor([0, 4, 5]))
-    assert found["top1"].tolist() == [1, 0, 0] and found["top5"].tolist() == [1, 1, 0]
-    assert "top5" not in train_classifier.hits(logits[:, :5], torch.tensor([0, 1, 2]))
-
-
-def test_a_crop_at_random_is_a_part_of_the_image_enlarged():
-    ramp = torch.linspace(-1, 1, 16).expand(3, 1, 16, 16).contiguous()
-    scale, across = torch.tensor([1.0, 0.0, 0.0]), torch.tensor([0.3, 0.0, 1.0 - 1e-7])
-    cropped = train_classifier.crop_at_random(ramp, 0.5, scale, across, across)
-    torch.testing.assert_close(cropped[0], ramp[0])  # the whole image
-    inside = cropped[:, 0, 8, 1:-1]
-    assert inside[1].max() < 0.05 and inside[2].min() > -0.05  # the left half, the right half
-    assert (inside[1].diff() > 0).all() and inside[1].min() < -0.9
-
-
-def test_crops_depend_on_the_step_alone():
-    draws = [Draw(0, 5, slice(0, 4), 4, torch.device("cpu")) for _ in range(2)]
-    x = torch.randn(4, 1, 8, 8, generator=torch.Generator().manual_seed(0))
-    crops = [train_classifier.crop_at_random(x, 0.8, d.uniform(), d.uniform(), d.uniform()) for d in draws]
-    assert torch.equal(*crops) and not torch.equal(crops[0], x)
 
 
 @pytest.mark.parametrize(
@@ -172,15 +108,8 @@ def test_every_pool_trains_two_steps_and_loads(tmp_path, flags):
 
 
 def test_an_interrupted_run_ends_with_the_very_weights_of_an_uninterrupted_one(finished, tmp_path, monkeypatch):
-    original = train_classifier.Trainer._optimizer_step
-
-    def step_and_signal(trainer, stream):
-        original(trainer, stream)
-        if trainer.step + 1 == 3:
-            os.kill(os.getpid(), signal.SIGTERM)
-
     with monkeypatch.context() as patch:
-        patch.setattr(train_classifier.Trainer, "_optimizer_step", step_and_signal)
+        stop_after(patch, 3)
         run(tmp_path)
     assert not (tmp_path / "config.json").exists()
     run(tmp_path, "--resume_from_checkpoint", "latest")

@@ -2,10 +2,7 @@
 
 import json
 import math
-import os
-import signal
 import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -17,14 +14,14 @@ from safetensors.torch import load_file
 from torch import nn
 
 from hf_diffusion import ADMGenerator, DDGANPipeline
-from hf_diffusion.config.training import parse_config
-from hf_diffusion.data.images import load_images
-from hf_diffusion.ddgan_trainer import ADVICE, R1_GAMMA, AdversarialObjective, DDGANTrainer, DiscriminatorHalf
-from hf_diffusion.randomness import Draw
-from hf_diffusion.reporting import RunningMeans
+from hf_diffusion.config.command_line import parse_config
+from hf_diffusion.data.loading import load_data
+from hf_diffusion.loop.nonfinite import TrainingDiverged
+from hf_diffusion.loop.trainer import Trainer
+from hf_diffusion.losses.adversarial_game import R1_GAMMA, AdversarialOptions, DiscriminatorHalf
 from hf_diffusion.training import train_ddgan, train_ddpm
-from hf_diffusion.training_run import TrainingDiverged
-from tests.launching import ENVIRONMENT, launcher
+from tests.launching import ENVIRONMENT, launcher, run_claims
+from tests.training.interruptions import stop_after
 
 
 REPO = Path(__file__).resolve().parents[2]
@@ -66,14 +63,19 @@ def assert_same(a: dict, b: dict, **tolerance) -> None:
         )
 
 
-def make_trainer(folder, *flags: str) -> DDGANTrainer:
+def make_trainer(folder, *flags: str) -> Trainer:
     """A trainer that has begun, for looking at its steps one by one."""
     config = parse_config(
         train_ddgan.DDGANConfig, [*TINY, "--output_dir", str(folder), "--max_train_steps", "9", *flags]
     )
-    trainer = train_ddgan.build_trainer(config, Accelerator(cpu=True), load_images(**config.data_arguments()))
+    trainer = train_ddgan.build(config, Accelerator(cpu=True), load_data(**config.data_arguments()))
     trainer._begin()
     return trainer
+
+
+def networks(trainer: Trainer) -> list[nn.Module]:
+    """Of the generator and of the discriminator."""
+    return [player.network for player in trainer.objective.players]
 
 
 def parameters_of(network: nn.Module) -> list[torch.Tensor]:
@@ -124,7 +126,7 @@ def test_averaged_and_raw_weights_differ_and_both_networks_learn(finished):
     averaged, raw = shared_weights(finished), raw_weights(finished)
     assert not any(torch.equal(averaged[name], raw[f"g.{name}"]) for name in averaged)
     config = parse_config(train_ddgan.DDGANConfig, ["--config", str(finished / "config.yaml")])
-    data = load_images(**config.data_arguments())
+    data = load_data(**config.data_arguments())
     for key, network in (
         ("g", train_ddgan.build_generator(config, data)),
         ("d.discriminator", train_ddgan.build_discriminator(config, data)),
@@ -136,23 +138,24 @@ def test_averaged_and_raw_weights_differ_and_both_networks_learn(finished):
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 def test_every_divergence_trains_two_steps_with_gradients_in_every_tensor(tmp_path, divergence):
     trainer = make_trainer(tmp_path, "--divergence", divergence, "--max_train_steps", "2")
-    before = [parameters_of(network) for network in trainer.networks]
+    before = [parameters_of(network) for network in networks(trainer)]
     stream = trainer.batches()
     for trainer.step in range(2):
-        trainer._optimizer_step(stream)
+        trainer.optimizer_step(stream)
     trainer.step = 2
     trainer._report()
-    assert all(math.isfinite(value) for value in metrics(tmp_path)[-1].values()) and trainer.skipped == 0
+    assert all(math.isfinite(value) for value in metrics(tmp_path)[-1].values()) and trainer.updater.skipped == 0
     unmoved = {
         name
-        for network, old in zip(trainer.networks, before)
+        for network, old in zip(networks(trainer), before)
         for (name, parameter), value in zip(network.named_parameters(), old)
         if torch.equal(parameter, value)
     }
     # a constant added to V cancels in E_Q[V] - E_P[V]
     assert unmoved == ({"discriminator.linear_out.bias"} if divergence == "wasserstein" else set())
     assert all(
-        not torch.equal(a, b) for a, b in zip(parameters_of(trainer.shared_model()), parameters_of(trainer.model))
+        not torch.equal(a, b)
+        for a, b in zip(parameters_of(trainer.shared.copy()), parameters_of(networks(trainer)[0]))
     )
 
 
@@ -187,11 +190,7 @@ def test_every_divergence_trains_two_steps_with_gradients_in_every_tensor(tmp_pa
     ],
 )
 def test_every_option_trains_two_steps_and_exports(tmp_path, flags):
-    from accelerate.state import AcceleratorState
-
-    AcceleratorState._reset_state(True)  # one process holds one precision at a time
     folder = run(tmp_path, "--max_train_steps", "2", *flags)
-    AcceleratorState._reset_state(True)
     last = metrics(folder)[-1]
     assert (
         math.isfinite(last["loss_d"]) and math.isfinite(last["loss_g"]) and ("l1" in last) == ("--l1_weight" in flags)
@@ -204,43 +203,21 @@ def test_every_option_trains_two_steps_and_exports(tmp_path, flags):
 # --- the two halves --------------------------------------------------------------------------------------------------
 
 
-def test_the_discriminators_half_builds_no_graph_of_the_generator_and_the_generators_half_none_of_the_discriminators_weights(
-    tmp_path,
-):
+def test_each_half_leaves_gradients_in_its_own_network_only(tmp_path):
     trainer = make_trainer(tmp_path)
-    (micro,) = trainer._micro_batches(trainer.batches())
-    values, _ = trainer._discriminator_values(*micro)
-    values["loss"].mean().backward()
-    assert all(p.grad is None for p in trainer.model.parameters())
-    assert all(p.grad is not None for p in trainer.discriminator.parameters())
-    trainer.discriminator_optimizer.zero_grad()
-    seen = []
-    original = trainer._update
-    trainer._update = lambda name, *rest: (
-        seen.append([p.grad for p in trainer.discriminator.parameters()]) or original(name, *rest)
-    )
-    trainer._generator_step([micro])
-    assert all(gradient is None for gradient in seen[0])
-    assert all(p.requires_grad for p in trainer.discriminator.parameters())
-
-
-def test_the_generators_gradient_is_that_of_a_plain_backward_through_both_networks(tmp_path):
-    trainer = make_trainer(tmp_path)
-    (micro,) = trainer._micro_batches(trainer.batches())
-    number, batch, _ = micro
-    draws = [Draw(0, 0, slice(0, 8), 8, torch.device("cpu")) for _ in range(2)]
-    trainer._generator_values(number, batch, draws[0])["loss_g"].mean().backward()
-    x_0, labels, draw = batch["pixels"], batch["labels"], draws[1]
-    ours = [p.grad.clone() for p in trainer.model.parameters()]
-    trainer.model.zero_grad()
-    t = draw.timesteps(train_ddgan.uniform_timesteps, 4)
-    noise_tp1, noise_t = draw.normal(1, 8, 8), draw.normal(1, 8, 8)
-    _, x_tp1 = trainer.scheduler.q_sample_pairs(x_0, t, noise_t, noise_tp1)
-    predicted = trainer.model(x_tp1, t, draw.normal(4), labels).sample
-    x_t = trainer.scheduler.sample_posterior(predicted, x_tp1, t, draw.normal(1, 8, 8))
-    nn.functional.softplus(-trainer.discriminator(x_t, t, x_tp1, labels).logits).mean().backward()
-    for a, b in zip(ours, trainer.model.parameters()):
-        torch.testing.assert_close(a, b.grad)
+    game, seen = trainer.objective, {}
+    for player in game.players:
+        player.optimizer.step = lambda name=player.name: seen.update(
+            {
+                name: [
+                    [p.grad is not None for p in n.parameters()] for n in (game.generator.network, game.discriminator)
+                ]
+            }
+        )
+    trainer.optimizer_step(trainer.batches())
+    assert not any(seen["discriminator"][0]) and all(seen["discriminator"][1])
+    assert all(seen["generator"][0]) and not any(seen["generator"][1])
+    assert all(p.requires_grad for p in game.discriminator.parameters())
 
 
 class Bilinear(nn.Module):
@@ -258,7 +235,7 @@ class Bilinear(nn.Module):
 def test_r1_is_that_of_float32_also_under_autocast(precision):
     torch.manual_seed(0)
     critic, x_t, x_tp1 = Bilinear(), torch.randn(8, 3), torch.randn(8, 3)
-    half = DiscriminatorHalf(critic, AdversarialObjective(divergence="js"))
+    half = DiscriminatorHalf(critic, AdversarialOptions(divergence="js"))
     with torch.autocast("cpu", dtype=precision or torch.bfloat16, enabled=precision is not None):
         values = half(x_t, torch.randn(8, 3), torch.zeros(8).long(), x_tp1, None, 0.3, None)
     expected = 0.15 * (x_tp1 @ critic.linear.weight.T).square().sum(dim=1)
@@ -271,7 +248,7 @@ def test_r1_is_that_of_float32_also_under_autocast(precision):
 def test_the_discriminator_computes_in_full_precision_under_autocast_where_asked(full_precision):
     torch.manual_seed(0)
     critic, x_t, x_fake, x_tp1 = Bilinear(), *torch.randn(3, 8, 3)
-    half = DiscriminatorHalf(critic, AdversarialObjective(full_precision=full_precision))
+    half = DiscriminatorHalf(critic, AdversarialOptions(discriminator_full_precision=full_precision))
     arguments = x_t, x_fake, torch.zeros(8).long(), x_tp1, None, 0.0, None
     expected = half(*arguments)
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -279,42 +256,15 @@ def test_the_discriminator_computes_in_full_precision_under_autocast_where_asked
     assert all(torch.equal(values[name], expected[name]) == full_precision for name in ("real", "fake"))
 
 
-@pytest.mark.parametrize(
-    "interval, multiplied, expected",
-    [(1, True, [0.2, 0.2, 0.2, 0.2]), (2, True, [0.4, 0, 0.4, 0]), (2, False, [0.2, 0, 0.2, 0])],
-)
-def test_r1_is_due_at_every_interval_and_scaled_by_it_if_asked_for(
-    tmp_path, monkeypatch, interval, multiplied, expected
-):
-    flags = ["--r1_gamma", "0.2", "--r1_interval", str(interval)] + ([] if multiplied else ["--no-r1_times_interval"])
-    trainer, stream = make_trainer(tmp_path, *flags), None
-    used = []
-    trainer.discriminator_half.register_forward_pre_hook(lambda module, inputs: used.append(inputs[5]))
-    stream = trainer.batches()
-    for trainer.step in range(4):
-        trainer._optimizer_step(stream)
-    assert used == pytest.approx(expected)
-
-
 def test_with_n_critic_the_generator_moves_at_every_nth_step_only(tmp_path):
     trainer = make_trainer(tmp_path, "--n_critic", "3")
     stream, moved = trainer.batches(), []
     for trainer.step in range(6):
-        before = [parameters_of(network) for network in trainer.networks]
-        trainer._optimizer_step(stream)
-        moved.append(tuple(not torch.equal(parameters_of(n)[0], old[0]) for n, old in zip(trainer.networks, before)))
+        before = [parameters_of(network) for network in networks(trainer)]
+        trainer.optimizer_step(stream)
+        moved.append(tuple(not torch.equal(parameters_of(n)[0], old[0]) for n, old in zip(networks(trainer), before)))
     # the first step of the learning rate's warm-up is 0 only in longer runs
     assert moved == [(False, True), (False, True), (True, True)] * 2
-
-
-def test_with_a_warmup_the_discriminator_moves_alone_at_first(tmp_path):
-    trainer = make_trainer(tmp_path, "--discriminator_warmup_steps", "2")
-    stream, moved = trainer.batches(), []
-    for trainer.step in range(4):
-        before = [parameters_of(network)[0] for network in trainer.networks]
-        trainer._optimizer_step(stream)
-        moved.append(tuple(not torch.equal(parameters_of(n)[0], old) for n, old in zip(trainer.networks, before)))
-    assert moved == [(False, True)] * 2 + [(True, True)] * 2
 
 
 # --- starting from what is trained -----------------------------------------------------------------------------------
@@ -333,27 +283,36 @@ def denoiser(tmp_path_factory) -> Path:
     return folder
 
 
-def test_a_run_starts_from_a_denoiser_and_its_result_is_a_start_in_its_turn(denoiser, tmp_path):
-    first = run(tmp_path / "first", "--max_train_steps", "2", "--init_from", str(denoiser))
+FROM_DENOISER = ["--max_train_steps", "7", "--discriminator_warmup_steps", "3"]
+
+
+@pytest.fixture(scope="module")
+def from_denoiser(denoiser, tmp_path_factory) -> Path:
+    """An uninterrupted run of seven steps that starts from the denoiser."""
+    return run(tmp_path_factory.mktemp("from_denoiser") / "run", *FROM_DENOISER, "--init_from", str(denoiser))
+
+
+def test_a_run_starts_from_a_denoiser_and_its_result_is_a_start_in_its_turn(denoiser, from_denoiser, tmp_path):
+    first = from_denoiser
     assert (first / "generator" / "unet_adm.py").is_file()
     pipe = DDGANPipeline.from_pretrained(first)
     assert isinstance(pipe.generator, ADMGenerator) and pipe(["3"], output_type="np").images.shape == (1, 8, 8, 1)
     trained = load_file(denoiser / "unet" / "diffusion_pytorch_model.safetensors")
-    begun = make_trainer(tmp_path / "a", "--init_from", str(denoiser)).model.state_dict()
+    begun = networks(make_trainer(tmp_path / "a", "--init_from", str(denoiser)))[0].state_dict()
     assert trained.keys() < begun.keys()
     assert all(torch.equal(begun[name], value) for name, value in trained.items())
-    again = make_trainer(tmp_path / "b", "--init_from", str(first)).model.state_dict()
+    again = networks(make_trainer(tmp_path / "b", "--init_from", str(first)))[0].state_dict()
     assert_same(again, shared_weights(first))
 
 
-def test_a_run_from_a_denoiser_loads_in_a_process_without_the_package(denoiser, tmp_path):
-    folder = run(tmp_path, "--max_train_steps", "2", "--init_from", str(denoiser))
-    script = (
-        "import sys\nsys.modules['hf_diffusion'] = None\nfrom diffusers import DiffusionPipeline\n"
-        "pipe = DiffusionPipeline.from_pretrained(sys.argv[1], trust_remote_code=True)\n"
-        "assert len(pipe(['3', '7']).images) == 2 and type(pipe.generator).__name__ == 'ADMGenerator'\n"
-    )
-    subprocess.run([sys.executable, "-c", script, str(folder)], check=True, timeout=300)
+def test_a_run_from_a_denoiser_loads_in_a_process_without_the_package(from_denoiser):
+    child = f"""
+        from diffusers import DiffusionPipeline
+        pipe = DiffusionPipeline.from_pretrained({str(from_denoiser)!r}, trust_remote_code=True)
+        claims["images"] = len(pipe(["3", "7"]).images)
+        claims["generator"] = type(pipe.generator).__name__
+    """
+    assert run_claims(child, with_package=False) == {"images": 2, "generator": "ADMGenerator"}
 
 
 @pytest.mark.parametrize(
@@ -377,115 +336,72 @@ def test_a_start_that_is_not_there_is_named(tmp_path):
 # --- health ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "right, grad_norm_g, side",
-    [(0.995, 1.0, 0), (0.003, 1.0, 1), (0.7, 1e-9, 2), (0.75, 1.0, None), (0.9, 0.01, None)],
-)
-def test_a_side_that_stays_far_ahead_is_reported_once(tmp_path, capsys, right, grad_norm_g, side):
-    trainer = make_trainer(tmp_path)
-    report = {"right": right, "grad_norm_g": grad_norm_g, "max_abs_v": 12.0}
-    for _ in range(2):
-        trainer._say_who_has_won(report)
-    assert "has won" not in capsys.readouterr().err
-    for _ in range(4):
-        trainer._say_who_has_won(report)
-    said = capsys.readouterr().err
-    sentences = list(ADVICE)
-    assert [said.count(sentence) for sentence in sentences] == [int(i == side) for i in range(3)]
-    if side is not None:
-        assert ADVICE[sentences[side]] in said
-        trainer._say_who_has_won({"right": 0.6, "grad_norm_g": 1.0, "max_abs_v": 1.0})
-        for _ in range(3):
-            trainer._say_who_has_won(report)
-        assert sentences[side] in capsys.readouterr().err  # it has won again
-
-
-def test_values_are_averaged_by_timestep():
-    means = RunningMeans(torch.device("cpu"))
-    values, t = torch.tensor([1.0, 2.0, 3.0, 6.0]), torch.tensor([0, 1, 0, 1])
-    for i in range(3):
-        means.add_weighted(f"real_t{i}", values, (t == i).float())
-    assert means.report(Accelerator(cpu=True)) == {"real_t0": 2.0, "real_t1": 4.0}  # no image met t = 2
-
-
 @pytest.mark.parametrize("half", ["discriminator", "generator"])
 def test_a_half_with_a_gradient_that_is_not_finite_changes_nothing_and_is_counted(tmp_path, half):
     trainer = make_trainer(tmp_path, "--max_nonfinite_steps", "2")
-    poisoned = trainer.discriminator if half == "discriminator" else trainer.model
+    poisoned = networks(trainer)[half == "discriminator"]
     next(iter(poisoned.parameters())).register_hook(lambda gradient: gradient * float("nan"))
-    before = [parameters_of(network) for network in trainer.networks]
+    before = [parameters_of(network) for network in networks(trainer)]
     stream = trainer.batches()
-    trainer._optimizer_step(stream)
-    kept = [all(map(torch.equal, parameters_of(network), old)) for network, old in zip(trainer.networks, before)]
-    assert kept == ([True, True] if half == "discriminator" else [True, False]) and trainer.skipped == 1
+    trainer.optimizer_step(stream)
+    kept = [all(map(torch.equal, parameters_of(network), old)) for network, old in zip(networks(trainer), before)]
+    assert kept == ([True, True] if half == "discriminator" else [True, False]) and trainer.updater.skipped == 1
     with pytest.raises(TrainingDiverged, match="2 steps in a row"):
-        trainer._optimizer_step(stream)
+        trainer.optimizer_step(stream)
 
 
 # --- resuming and dividing the work ----------------------------------------------------------------------------------
 
 
-def stop_after(patch: pytest.MonkeyPatch, steps: int) -> None:
-    """Send this process SIGTERM when so many steps are done."""
-    original = DDGANTrainer._optimizer_step
+def resume_after_stops(folder: Path, stops: tuple[int, ...], *flags: str) -> Path:
+    """A run that a signal ends at each of these steps, and that goes on each time."""
+    for step in stops:
+        with pytest.MonkeyPatch.context() as patch:
+            stop_after(patch, step)
+            run(folder, *flags, "--resume_from_checkpoint", "latest")
+        assert not (folder / "model_index.json").exists()
+        assert sorted(folder.glob("checkpoint-*"))[-1].name == f"checkpoint-{step:08d}"
+    return run(folder, *flags, "--resume_from_checkpoint", "latest")
 
-    def step_and_signal(trainer, stream):
-        original(trainer, stream)
-        if trainer.step + 1 == steps:
-            os.kill(os.getpid(), signal.SIGTERM)
 
-    patch.setattr(DDGANTrainer, "_optimizer_step", step_and_signal)
-
-
-@pytest.mark.parametrize("interrupted_at", [3, 5])
-def test_an_interrupted_run_ends_with_the_very_weights_of_an_uninterrupted_one(
-    finished, tmp_path, monkeypatch, interrupted_at
-):
-    with monkeypatch.context() as patch:
-        stop_after(patch, interrupted_at)
-        run(tmp_path, *SEVEN)
-    assert not (tmp_path / "model_index.json").exists()
-    assert sorted(tmp_path.glob("checkpoint-*"))[-1].name == f"checkpoint-{interrupted_at:08d}"
-    run(tmp_path, *SEVEN, "--resume_from_checkpoint", "latest")
-    assert_same(shared_weights(tmp_path), shared_weights(finished))
-    assert_same(raw_weights(tmp_path), raw_weights(finished))
-    a, b = metrics(tmp_path)[-1], metrics(finished)[-1]
+def test_a_run_that_is_interrupted_twice_ends_with_the_very_weights_of_an_uninterrupted_one(finished, tmp_path):
+    cut = resume_after_stops(tmp_path, (3, 5), *SEVEN)
+    assert_same(shared_weights(cut), shared_weights(finished))
+    assert_same(raw_weights(cut), raw_weights(finished))
+    a, b = metrics(cut)[-1], metrics(finished)[-1]
     timings = {"images_per_second", "data_wait"}
     assert {k: v for k, v in a.items() if k not in timings} == {k: v for k, v in b.items() if k not in timings}
 
 
-@pytest.mark.parametrize("interrupted_at", [2, 5])  # in the discriminator's warm-up, and after it
-def test_an_interrupted_run_from_a_denoiser_ends_with_the_very_weights_too(
-    denoiser, tmp_path, monkeypatch, interrupted_at
-):
-    flags = ["--max_train_steps", "7", "--init_from", str(denoiser), "--discriminator_warmup_steps", "3"]
-    whole = run(tmp_path / "whole", *flags)
-    with monkeypatch.context() as patch:
-        stop_after(patch, interrupted_at)
-        run(tmp_path / "cut", *flags)
-    assert not (tmp_path / "cut" / "model_index.json").exists()
-    cut = run(tmp_path / "cut", *flags, "--resume_from_checkpoint", "latest")
-    assert_same(shared_weights(cut), shared_weights(whole))
-    assert_same(raw_weights(cut), raw_weights(whole))
+def test_an_interrupted_run_from_a_denoiser_ends_with_the_very_weights_too(denoiser, from_denoiser, tmp_path):
+    # in the discriminator's warm-up, and after it
+    cut = resume_after_stops(tmp_path, (2, 5), *FROM_DENOISER, "--init_from", str(denoiser))
+    assert_same(shared_weights(cut), shared_weights(from_denoiser))
+    assert_same(raw_weights(cut), raw_weights(from_denoiser))
 
 
 def test_accumulation_gives_the_gradients_of_the_whole_batch(tmp_path):
     gradients = []
     for i, flags in enumerate((["--train_batch_size", "16"], ["--gradient_accumulation_steps", "2"])):
-        trainer = make_trainer(tmp_path / str(i), *flags)
-        seen, original = {}, trainer._update
-
-        def note(name, network, optimizer, seen=seen, original=original):
-            seen[name] = [p.grad.clone() for p in network.parameters()]
-            optimizer.zero_grad()  # the generator's half then sees the same discriminator
-            return True
-
-        trainer._update = note
-        trainer._optimizer_step(trainer.batches())
+        trainer, seen = make_trainer(tmp_path / str(i), *flags), {}
+        # at the start the generator's gradients are near 1e-8, where nothing could be told from rounding
+        torch.manual_seed(0)
+        for parameter in (p for network in networks(trainer) for p in network.parameters()):
+            parameter.data += 0.1 * torch.randn_like(parameter)
+        for player in trainer.objective.players:
+            # no update: the generator's half then sees the same discriminator
+            player.optimizer.step = lambda player=player, seen=seen: seen.update(
+                {player.name: [p.grad.clone() for p in player.network.parameters()]}
+            )
+        trainer.optimizer_step(trainer.batches())
         gradients.append(seen)
     for name in ("generator", "discriminator"):
-        for a, b in zip(*(seen[name] for seen in gradients), strict=True):
-            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-7)
+        whole, parts = (seen[name] for seen in gradients)
+        # a bias before a normalisation has no gradient but rounding
+        largest = max(float(gradient.abs().max()) for gradient in whole)
+        assert largest > 1e-4
+        for a, b in zip(whole, parts, strict=True):
+            torch.testing.assert_close(a / largest, b / largest, rtol=1e-3, atol=1e-5)
 
 
 @pytest.mark.slow
@@ -537,7 +453,7 @@ def test_recipes_are_settings_of_networks_that_take_their_images_for_every_numbe
     side = 8 if config.dataset_name == "digits" else 28
 
     class Data:
-        name, size, channels, num_classes = "stand-in", (side, side), 1, 10
+        name, kind, sample_shape, num_classes = "stand-in", "images", (1, side, side), 10
 
     generator, discriminator = train_ddgan.build_generator(config, Data), train_ddgan.build_discriminator(config, Data)
     x, t, y = torch.zeros(4, 1, side, side), torch.arange(4) % steps, torch.arange(4)
@@ -552,7 +468,7 @@ def test_recipes_are_settings_of_networks_that_take_their_images_for_every_numbe
 def test_the_fashion_recipes_leave_the_weight_of_r1_to_the_divergence(recipe, divergence):
     flags = ["--dataset_name", "none", "--train_data_dir", "train.parquet", "--divergence", divergence]
     config = parse_config(train_ddgan.DDGANConfig, ["--config", str(recipe), *flags])
-    assert config.r1_gamma is None and config.objective().r1_gamma == R1_GAMMA[divergence]
+    assert config.r1_gamma is None and config.gamma == R1_GAMMA[divergence]
     assert config.dataset_name is None and config.train_data_dir == "train.parquet"
 
 

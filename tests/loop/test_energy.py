@@ -5,8 +5,8 @@ import types
 
 import pytest
 
-from hf_diffusion import energy
-from hf_diffusion.energy import EnergyMeter
+from hf_diffusion.loop import energy
+from hf_diffusion.loop.energy import EnergyMeter
 
 
 @pytest.fixture

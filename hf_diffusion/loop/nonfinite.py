@@ -15,13 +15,14 @@ class TrainingDiverged(RuntimeError):
     """The loss or its gradient was not finite for `max_nonfinite_steps` steps in a row, or at any loss scale."""
 
 
-def described(seen: Tensor) -> str:
-    """In words, the images (global batch, 3: row, timestep or -1, loss) that a bad step probably owes to."""
+def bad_rows_in_words(seen: Tensor) -> str:
+    """In words, the images (global batch, 3: row, noise level or -1, loss) that a bad step probably owes to."""
     bad = seen[~seen[:, 2].isfinite()]
     what = "loss not finite" if len(bad) else "every loss is finite, the largest"
     shown = (bad if len(bad) else seen[seen[:, 2].argsort(descending=True)])[:NAMED_ROWS].tolist()
     images = ", ".join(
-        f"row {row:.0f}" + (f" at t {t:.0f}" if t >= 0 else "") + f" ({loss:.3g})" for row, t, loss in shown
+        f"row {row:.0f}" + (f" at noise level {level:.3f}" if level >= 0 else "") + f" ({loss:.3g})"
+        for row, level, loss in shown
     )
     return f"{what}: {images}" + (f" and {len(bad) - NAMED_ROWS} more" if len(bad) > NAMED_ROWS else "")
 

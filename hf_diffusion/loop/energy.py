@@ -52,6 +52,21 @@ class EnergyMeter:
             return None
 
 
+class EnergyCount:
+    """The joules of a run over all its processes in time, by source; for the main process of a machine."""
+
+    def __init__(self, before: dict[str, float] | None, gpus: int = 0):
+        self.before, self.meter = before, EnergyMeter(gpus)
+
+    def joules(self) -> dict[str, float]:
+        """What this process has measured, added to what earlier ones of the run have."""
+        now = self.meter.joules()
+        if self.before is None:
+            return now
+        # a source that earlier processes could not read would tell a part for the whole
+        return {name: self.before[name] + value for name, value in now.items() if name in self.before}
+
+
 def _number(path: Path) -> int | None:
     try:
         return int(path.read_text())

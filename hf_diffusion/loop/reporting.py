@@ -1,7 +1,7 @@
 """What a run writes down while it trains: running means over all processes, `metrics.jsonl`, experiment trackers."""
 
 import json
-import os
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -12,11 +12,13 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from torch import Tensor
+from tqdm.auto import tqdm
 
-from hf_diffusion.figures import loss_curve
+from hf_diffusion.files import write_whole
+from hf_diffusion.losses.objective import Values
 
 
-QUARTILES = 4
+QUARTERS = 4
 
 
 class RunningMeans:
@@ -26,23 +28,25 @@ class RunningMeans:
         self.device = device
         self.sums: dict[str, Tensor] = {}
 
-    def add(self, values: dict[str, Tensor], level: Tensor | None) -> None:
-        """Add values of shape (B,); `level` (B,) in [0, 1) also sorts "loss" into quartiles of the noise level."""
+    def add(self, values: Values) -> None:
+        """Add values (B,) by name; of a pair of tensors (B,) each value counts as often as its weight says."""
         for name, value in values.items():
-            self.add_weighted(name, value, torch.ones_like(value))
-        if level is not None:
-            quartile = (level * QUARTILES).long()
-            for q in range(QUARTILES):
-                self.add_weighted(f"loss_q{q}", values["loss"], (quartile == q).float())
+            value, weight = value if isinstance(value, tuple) else (value, torch.ones_like(value))
+            self._add(name, value, weight)
 
-    def add_weighted(self, name: str, value: Tensor, weight: Tensor) -> None:
-        """Add values (B,) of one name, each as often as its weight (B,) says."""
+    def add_by_level(self, name: str, value: Tensor, level: Tensor) -> None:
+        """Add values (B,) to the quarter of the noise levels (B,) in [0, 1) that each belongs to."""
+        quarter = (level * QUARTERS).long()
+        for q in range(QUARTERS):
+            self._add(f"{name}_q{q}", value, (quarter == q).float())
+
+    def _add(self, name: str, value: Tensor, weight: Tensor) -> None:
         value = value.detach().float()
         pair = torch.stack([(value * weight).sum(), weight.sum().to(value.dtype)])
         self.sums[name] = self.sums[name] + pair if name in self.sums else pair
 
     def report(self, accelerator: Accelerator) -> dict[str, float]:
-        """The means over all processes since the last report; a quartile that no image fell into is left out."""
+        """The means over all processes since the last report; a quarter that no image fell into is left out."""
         if not self.sums:
             return {}
         names = sorted(self.sums)
@@ -52,35 +56,28 @@ class RunningMeans:
 
 
 class MetricsLog:
-    """`metrics.jsonl` (one JSON object a line) with the trackers of `--report_to` beside it; written by the main process only."""
+    """`metrics.jsonl`, one JSON object a line, with the trackers of `--report_to` beside it; by the main process."""
 
-    def __init__(
-        self,
-        accelerator: Accelerator,
-        output_dir: Path,
-        step: int,
-        draw_curve: Callable[[Path, Path], Path | None] = loss_curve,
-    ):
+    def __init__(self, accelerator: Accelerator, output_dir: Path, draw_curve: Callable[[Path, Path], Path | None]):
         self.accelerator, self.path = accelerator, output_dir / "metrics.jsonl"
         self.curve, self.draw_curve = output_dir / "loss_curve.png", draw_curve
-        if accelerator.is_main_process and self.path.exists():
-            self._forget_after(step)
 
-    def _forget_after(self, step: int) -> None:
-        """Drop what an interrupted run wrote after the checkpoint from which this one goes on: it is done again."""
+    def go_on_after(self, step: int) -> None:
+        """Drop what an interrupted run wrote after the checkpoint that this one goes on from: it is done again."""
+        if not self.accelerator.is_main_process or not self.path.exists():
+            return
         kept = []
         for line in self.path.read_text().splitlines():
             try:
                 if json.loads(line)["step"] <= step:
                     kept.append(line + "\n")
-            except (ValueError, KeyError, TypeError):  # a line cut off by a kill
+            # a line cut off by a kill
+            except (ValueError, KeyError, TypeError):
                 continue
-        partial = self.path.with_name(".metrics.jsonl.partial")
-        partial.write_text("".join(kept))
-        os.replace(partial, self.path)
+        write_whole(self.path, "".join(kept))
 
     def write(self, step: int, values: dict[str, float], protocol: dict[str, Any] | None = None) -> None:
-        """Append one record, with the protocol that its values were measured under, and hand the values to the trackers."""
+        """Append one record, with the protocol that it was measured under, and hand the values to the trackers."""
         if self.accelerator.is_main_process:
             record = {"step": step, **values} | ({} if protocol is None else {"protocol": protocol})
             with self.path.open("a") as file:
@@ -91,7 +88,8 @@ class MetricsLog:
         """Whether the file holds measures of this step; all processes ask, and get the answer of the main one."""
         found = [False]
         if self.accelerator.is_main_process and self.path.exists():
-            records = (json.loads(line) for line in self.path.read_text().splitlines())  # whole since _forget_after
+            # whole lines since go_on_after
+            records = (json.loads(line) for line in self.path.read_text().splitlines())
             found = [any(record["step"] == step and "protocol" in record for record in records)]
         return broadcast_object_list(found)[0]
 
@@ -101,10 +99,44 @@ class MetricsLog:
             self.draw_curve(self.path, self.curve)
 
 
+class Progress:
+    """The progress bar of the main process, and sentences above it."""
+
+    def __init__(self, accelerator: Accelerator):
+        self.is_shown = accelerator.is_main_process
+        self.bar = tqdm(disable=True)
+
+    def start(self, step: int, total: int) -> None:
+        """Show the bar, `step` of `total` steps done."""
+        shown = not self.is_shown
+        self.bar = tqdm(total=total, initial=step, disable=shown, desc="training", unit="step", mininterval=1)
+
+    def advance(self) -> None:
+        """One step more."""
+        self.bar.update()
+
+    def show(self, figures: dict[str, str]) -> None:
+        """Put figures beside the bar."""
+        self.bar.set_postfix(figures, refresh=False)
+
+    def say(self, sentence: str) -> None:
+        """A line on stderr that does not tear the bar."""
+        if self.is_shown:
+            self.bar.write(sentence, file=sys.stderr)
+
+    def close(self) -> None:
+        """Leave the bar as it stands."""
+        self.bar.close()
+
+
 class Stopwatch:
     """Seconds since the last report, and how many of them were spent waiting for data."""
 
     def __init__(self):
+        self.started, self.waited = time.perf_counter(), 0.0
+
+    def start(self) -> None:
+        """Count from now on."""
         self.started, self.waited = time.perf_counter(), 0.0
 
     def wait(self, iterator):

@@ -2,7 +2,7 @@ import pytest
 import torch
 from diffusers.optimization import get_scheduler
 
-from hf_diffusion.lr_schedule import lr_factor
+from hf_diffusion.loop.learning_rate import lr_factor
 
 
 @pytest.mark.parametrize("warmup_steps", [0, 1, 7])

@@ -1,6 +1,5 @@
 """Checkpoints that are either whole or not there: staged, checksummed, renamed, rotated, and verified before use."""
 
-import hashlib
 import json
 import logging
 import os
@@ -12,17 +11,17 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, broadcast_object_list
+from accelerate.utils import broadcast_object_list
 from safetensors import SafetensorError
 
 from hf_diffusion.config.resuming import differences
+from hf_diffusion.files import sha256
+from hf_diffusion.loop.engines import DATA_PARALLEL, SHARDED
 
 
 logger = logging.getLogger(__name__)
 MANIFEST = "manifest.json"
 NAME = re.compile(r"checkpoint-(\d+)")
-DATA_PARALLEL = "data parallel"  # every process holds everything; the files are the same for any number of processes
-SHARDED = {DistributedType.FSDP: "FSDP", DistributedType.DEEPSPEED: "DeepSpeed"}
 
 
 class BadCheckpoint(ValueError):
@@ -108,21 +107,11 @@ def write_failure(error: Exception) -> str | None:
 
 def _seal(folder: Path, run: dict) -> None:
     """Write the manifest, and make sure that all is on the disk before the folder gets its name."""
-    files = {str(f.relative_to(folder)): _sha256(f) for f in sorted(folder.rglob("*")) if f.is_file()}
+    files = {str(f.relative_to(folder)): sha256(f) for f in sorted(folder.rglob("*")) if f.is_file()}
     (folder / MANIFEST).write_text(json.dumps({**run, "files": files}, indent=1, sort_keys=True))
     for name in (*files, MANIFEST):
         with (folder / name).open("rb") as file:
             os.fsync(file.fileno())
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def engine(accelerator: Accelerator) -> str:
-    """What holds the state, and so what its files look like; only the same can read them."""
-    return SHARDED.get(accelerator.distributed_type, DATA_PARALLEL)
 
 
 def _drop_oldest(output_dir: Path, limit: int | None) -> None:
@@ -167,7 +156,7 @@ def read_manifest(folder: Path) -> dict:
         ) from None
     for name, checksum in files.items():
         path = folder / name
-        if not path.is_file() or _sha256(path) != checksum:
+        if not path.is_file() or sha256(path) != checksum:
             raise BadCheckpoint(
                 f"{folder} is damaged: {name} is {'different from what was saved' if path.is_file() else 'missing'}"
             )

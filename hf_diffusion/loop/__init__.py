@@ -1,0 +1,1 @@
+"""The one training loop, and what surrounds an optimizer step: checkpoints, averages, signals, previews, reports."""

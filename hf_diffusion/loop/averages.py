@@ -1,0 +1,118 @@
+"""The average of the weights, and copies of the network that users get."""
+
+from collections.abc import Iterable
+
+from accelerate import Accelerator
+from diffusers.training_utils import EMAModel
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from hf_diffusion.config.run_options import TrainingConfig
+from hf_diffusion.loop.engines import full_tensor, parallelism, written_class
+
+
+class AveragedWeights(EMAModel):
+    """The exponential moving average of diffusers; of sharded weights a process averages its own shards.
+
+    That needs no communication. The state holds whole tensors, so it does not depend on how many processes wrote it.
+    """
+
+    def __init__(self, parameters: Iterable[nn.Parameter], **options):
+        self.layout = list(parameters)
+        super().__init__(_own_shards(self.layout), **options)
+
+    def step(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Take the weights of now into the average."""
+        super().step(_own_shards(parameters))
+
+    def whole(self) -> list[Tensor]:
+        """The averaged weights; all processes must ask for them together."""
+        return [
+            DTensor.from_local(shard, p.device_mesh, p.placements, shape=p.shape, stride=p.stride()).full_tensor()
+            if isinstance(p, DTensor)
+            else shard
+            for shard, p in zip(self.shadow_params, self.layout, strict=True)
+        ]
+
+    def copy_to(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Put the average into the parameters of a whole network."""
+        for parameter, average in zip(parameters, self.whole(), strict=True):
+            parameter.data.copy_(average)
+
+    def state_dict(self) -> dict:
+        """The state, with whole tensors."""
+        return super().state_dict() | {"shadow_params": self.whole()}
+
+    def load_state_dict(self, state_dict: dict) -> None:
+        """Take the average and its age from a state; decay and warm-up stay as they were set."""
+        set_now = {
+            name: getattr(self, name) for name in ("decay", "min_decay", "inv_gamma", "power", "use_ema_warmup")
+        }
+        super().load_state_dict(state_dict)
+        for name, value in set_now.items():
+            setattr(self, name, value)
+        self.shadow_params = [
+            # each process has read the whole tensor and takes its part: nothing is sent
+            distribute_tensor(average.to(p.device), p.device_mesh, p.placements, src_data_rank=None).to_local().clone()
+            if isinstance(p, DTensor)
+            else average.to(p.device)
+            for average, p in zip(self.shadow_params, self.layout, strict=True)
+        ]
+
+
+def _own_shards(parameters: Iterable[nn.Parameter]) -> list[Tensor]:
+    """The parts of the parameters that this process holds; views of them, marked as trainable like the whole."""
+    return [p.to_local().detach().requires_grad_(p.requires_grad) if isinstance(p, DTensor) else p for p in parameters]
+
+
+class SharedNetwork:
+    """The network that users get, as copies: the weights in training are never swapped, so they cannot be mixed up."""
+
+    def __init__(self, config: TrainingConfig, accelerator: Accelerator, network: nn.Module):
+        self.accelerator, self.network = accelerator, network
+        self.average: AveragedWeights | None = None
+        if config.use_ema:
+            self.average = AveragedWeights(
+                network.parameters(),
+                decay=config.ema_max_decay,
+                use_ema_warmup=True,
+                inv_gamma=config.ema_inv_gamma,
+                power=config.ema_power,
+                foreach=True,
+            )
+            accelerator.register_for_checkpointing(self.average)
+
+    @property
+    def parameters(self) -> int:
+        """How many parameters it has."""
+        return sum(p.numel() for p in self.network.parameters())
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether a whole network comes about only where all processes ask for it together."""
+        return parallelism(self.accelerator) == "FSDP"
+
+    def update(self) -> None:
+        """Take the weights of now into the average."""
+        if self.average is not None:
+            self.average.step(self.network.parameters())
+
+    def copy(self) -> nn.Module:
+        """What users get: the averaged weights, or the raw ones where no average is kept."""
+        network = self.raw_copy()
+        if self.average is not None:
+            self.average.copy_to(network.parameters())
+        return network
+
+    def raw_copy(self) -> nn.Module:
+        """A copy with the weights of now, in evaluation mode."""
+        source = self.accelerator.unwrap_model(self.network)
+        network = written_class(source).from_config(source.config).to(self.accelerator.device)
+        network.load_state_dict({name: full_tensor(tensor) for name, tensor in source.state_dict().items()})
+        return network.eval().requires_grad_(False)
+
+    def copies(self) -> dict[str, nn.Module]:
+        """Both copies by name, on the main process; on others, too, where they must ask for them together."""
+        if not self.accelerator.is_main_process and not self.is_sharded:
+            return {}
+        return {"raw": self.raw_copy()} | ({"ema": self.copy()} if self.average is not None else {})

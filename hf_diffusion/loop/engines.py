@@ -1,0 +1,83 @@
+"""What holds the weights: every process all of them, or an engine of accelerate that divides them (FSDP2, DeepSpeed)."""
+
+import os
+
+from accelerate import Accelerator
+from accelerate.utils import DistributedType
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
+
+from hf_diffusion.config.run_options import TrainingConfig
+from hf_diffusion.losses.objective import Objective
+
+
+DATA_PARALLEL = "data parallel"  # every process holds everything; the files are the same for any number of processes
+SHARDED = {DistributedType.FSDP: "FSDP", DistributedType.DEEPSPEED: "DeepSpeed"}
+
+
+def parallelism(accelerator: Accelerator) -> str:
+    """What holds the state, and so what its files look like; only the same can read them."""
+    return SHARDED.get(accelerator.distributed_type, DATA_PARALLEL)
+
+
+def full_tensor(tensor: Tensor) -> Tensor:
+    """The tensor itself, or all of a sharded one, which its processes must ask for together."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def written_class(network: nn.Module) -> type[nn.Module]:
+    """The class as it was written: sharding puts one of its own before it."""
+    return next(cls for cls in type(network).__mro__ if not issubclass(cls, FSDPModule))
+
+
+def check_engine(accelerator: Accelerator, config: TrainingConfig) -> None:
+    """ValueError for an engine that accelerate has passed over, or that cannot do what is asked.
+
+    On the CPU accelerate passes over an engine without a word.
+    """
+    for name, variable in (("FSDP", "ACCELERATE_USE_FSDP"), ("DeepSpeed", "ACCELERATE_USE_DEEPSPEED")):
+        asked = os.environ.get(variable, "false").lower() == "true"
+        if asked and parallelism(accelerator) != name:
+            raise ValueError(
+                f"{name} needs several GPUs: accelerate would train on this {accelerator.device.type} without it, "
+                "every process with a whole copy; leave it out, or take "
+                "training/accelerate_configs/cpu_two_processes.yaml on the CPU"
+            )
+    started = int(os.environ.get("WORLD_SIZE", "1"))
+    if "LOCAL_RANK" in os.environ and started != accelerator.num_processes:
+        raise ValueError(
+            f"{started} processes were started, but accelerate joins them on GPUs only, and each would train alone "
+            "into the same output_dir; on the CPU set ACCELERATE_USE_CPU=true before the command"
+        )
+    if parallelism(accelerator) != DATA_PARALLEL and config.dry_run:
+        raise ValueError(
+            f"dry_run measures a whole network on every process; run it without {parallelism(accelerator)}"
+        )
+    if parallelism(accelerator) == "FSDP" and config.push_to_hub and config.hub_strategy != "end":
+        raise ValueError(
+            f"hub_strategy {config.hub_strategy} needs the whole network on one process in the middle of the run, "
+            "where FSDP has it divided; give --hub_strategy end"
+        )
+
+
+def check_players(accelerator: Accelerator, objective: Objective) -> None:
+    """ValueError for an engine that trains one network where there are several."""
+    engine, count = parallelism(accelerator), len(objective.players)
+    if engine != DATA_PARALLEL and count > 1:
+        raise ValueError(
+            f"{engine} takes one network with its optimizer, and this method trains {count}; leave it out, as "
+            "training/accelerate_configs/multi_gpu.yaml does"
+        )
+
+
+def describe_to_deepspeed(accelerator: Accelerator, config: TrainingConfig) -> None:
+    """Tell DeepSpeed what it would read from a DataLoader and what its file leaves open as "auto"; before `prepare`."""
+    if parallelism(accelerator) != "DeepSpeed":
+        return
+    settings = accelerator.state.deepspeed_plugin.deepspeed_config
+    accelerator.gradient_accumulation_steps = config.gradient_accumulation_steps
+    settings["train_micro_batch_size_per_gpu"] = config.train_batch_size
+    settings["gradient_accumulation_steps"] = config.gradient_accumulation_steps
+    # 0 does not clip
+    settings["gradient_clipping"] = config.max_grad_norm or 0.0

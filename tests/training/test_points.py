@@ -1,0 +1,134 @@
+"""Points of the plane through the ordinary scripts: DDPM and denoising diffusion GANs of every divergence find the data."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+
+from hf_diffusion.data.points import load_points
+from hf_diffusion.hub.loading import load_pipeline
+from hf_diffusion.losses.adversarial_game import R1_GAMMA
+from hf_diffusion.sampling.drawing import draw
+from hf_diffusion.training import train_ddgan, train_ddpm
+
+
+SAMPLES, DEVIATION = 4000, 0.05
+ANGLES = torch.arange(8) * torch.pi / 4
+CENTRES = 0.75 * torch.stack([ANGLES.cos(), ANGLES.sin()], dim=1)
+QUICK = """
+    --train_batch_size 256 --lr_warmup_steps 0 --ema_max_decay 0.995 --logging_steps 500 --sample_steps none
+    --num_sample_images 200 --model_channels 128
+""".split()
+DDPM = [*QUICK, "--max_train_steps", "1000", "--learning_rate", "0.002", "--ddpm_num_inference_steps", "50"]
+# Adam without momentum and a second moment over 100 steps bring the weakest two divergences from 0.6 of the samples
+# near a mode to 0.75. What is not named here is the default of train_ddgan.py, R1's weight among them.
+DDGAN = """
+    --max_train_steps 2500 --learning_rate 0.002 --adam_beta1 0 --adam_beta2 0.99 --latent_dim 4
+    --discriminator_channels 128 --num_timesteps 4
+""".split()
+
+
+def trained(script, folder: Path, *flags: str) -> Path:
+    assert script.main([*flags, "--output_dir", str(folder)]) == 0
+    return folder
+
+
+def samples_of(folder: Path, labels: list[int] | None = None, **options) -> Tensor:
+    seeds = range(SAMPLES if labels is None else len(labels))
+    return torch.from_numpy(draw(load_pipeline(folder), seeds, labels, **options))
+
+
+def real(name: str) -> Tensor:
+    return load_points(name, split="test").fetch(range(SAMPLES), 0)["x_0"]
+
+
+def mode_shares(samples: Tensor) -> Tensor:
+    """Share of the samples (8,) within 4 standard deviations of each centre."""
+    distance, mode = torch.cdist(samples, CENTRES).min(dim=1)
+    return torch.bincount(mode[distance < 4 * DEVIATION], minlength=8) / len(samples)
+
+
+def curve_shares(samples: Tensor) -> Tensor:
+    """Share of the samples (8,) within 0.06 of each eighth of the swiss roll, whose windings are 0.4 apart."""
+    angle = 1.5 * torch.pi * (1 + 2 * torch.linspace(0, 1, 400))
+    curve = torch.stack([angle.cos(), angle.sin()], dim=1) * (0.9 * angle / (4.5 * torch.pi))[:, None]
+    distance, place = torch.cdist(samples, curve).min(dim=1)
+    return torch.bincount(place[distance < 0.06] * 8 // 400, minlength=8) / len(samples)
+
+
+def board_share(samples: Tensor) -> float:
+    """Share of the samples on the dark squares of the board, at the half of the plane that is dark."""
+    column, row = ((samples + 1) * 2).floor().long().clamp(0, 3).unbind(1)
+    return float(((column + row) % 2 == 0).float().mean())
+
+
+def test_the_criteria_hold_for_data_and_not_for_noise_or_for_half_of_the_modes():
+    noise = 0.6 * torch.randn(SAMPLES, 2, generator=torch.Generator().manual_seed(0))
+    for name, shares in (("eight_gaussians", mode_shares), ("swiss_roll", curve_shares)):
+        assert shares(real(name)).sum() > 0.98 and shares(real(name)).min() > 0.09
+        assert shares(noise).sum() < 0.4
+    half = real("eight_gaussians")
+    assert int((mode_shares(torch.where(half[:, :1] > 0, half, -half)) > 0.04).sum()) < 7
+    assert board_share(real("checkerboard")) > 0.99 and board_share(noise) < 0.6
+
+
+@pytest.mark.parametrize("script, options", [(train_ddpm, {"num_inference_steps": 3}), (train_ddgan, {})])
+def test_a_run_on_points_leaves_scatter_plots_a_card_of_points_and_a_pipeline_that_draws_them(
+    tmp_path, script, options
+):
+    flags = [*QUICK, "--dataset_name", "eight_gaussians", "--class_conditional", "--max_train_steps", "2"]
+    flags += ["--model_channels", "8", "--eval_split", "test[:100]", "--eval_metrics", "fd,pr"]
+    flags += ["--eval_num_images", "50", "--max_train_samples", "500"]
+    if script is train_ddpm:
+        flags += ["--ddpm_num_inference_steps", "3"]
+    folder = trained(script, tmp_path / "run", *flags)
+    picture = np.asarray(Image.open(folder / "samples" / "ema-00000002.png").convert("RGB"))
+    # a plot of coloured points on white with a legend, wider than high
+    assert picture.shape[1] > picture.shape[0] > 300 and len(np.unique(picture.reshape(-1, 3), axis=0)) > 20
+    card = (folder / "README.md").read_text()
+    assert "eight_gaussians" in card and "north-east" in card and "image-generation" not in card
+    points = samples_of(folder, [0, 3, 3], **options)
+    assert points.shape == (3, 2) and points.dtype == torch.float32
+    assert torch.equal(samples_of(folder, [3, 3], **options)[:0], points[:0])
+
+
+def test_a_dry_run_on_points_shows_them_and_trains_nothing(tmp_path, capsys):
+    flags = [*QUICK, "--dataset_name", "swiss_roll", "--max_train_steps", "5", "--dry_run"]
+    folder = trained(train_ddpm, tmp_path, *flags)
+    said = capsys.readouterr().out
+    assert "65536 points, 2, no classes" in said and [f.name for f in folder.iterdir()] == ["data_preview.png"]
+
+
+@pytest.mark.slow
+def test_a_ddpm_finds_the_modes_by_class_and_the_roll_and_the_board(tmp_path):
+    folder = trained(train_ddpm, tmp_path / "modes", *DDPM, "--dataset_name", "eight_gaussians", "--class_conditional")
+    labels = [i % 8 for i in range(800)]
+    points = samples_of(folder, labels, num_inference_steps=50)
+    distance, mode = torch.cdist(points, CENTRES).min(dim=1)
+    right = (mode == torch.tensor(labels)) & (distance < 4 * DEVIATION)
+    assert right.float().mean() > 0.9, right.float().mean()
+    roll = samples_of(trained(train_ddpm, tmp_path / "roll", *DDPM, "--dataset_name", "swiss_roll"))
+    assert curve_shares(roll).min() > 0.07 and curve_shares(roll).sum() > 0.8, curve_shares(roll)
+    board = samples_of(trained(train_ddpm, tmp_path / "board", *DDPM, "--dataset_name", "checkerboard"))
+    assert board_share(board) > 0.8, board_share(board)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("divergence", R1_GAMMA)
+def test_every_divergence_finds_at_least_seven_of_eight_gaussians_in_four_steps(tmp_path, divergence):
+    """A mode is found if 4 % of the samples lie within 4 standard deviations of it; 12.5 % would be right."""
+    flags = ["--dataset_name", "eight_gaussians", "--divergence", divergence]
+    share = mode_shares(samples_of(trained(train_ddgan, tmp_path, *QUICK, *DDGAN, *flags)))
+    assert int((share > 0.04).sum()) >= 7, share
+    assert share.sum() > 0.6, share
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("divergence", ["js", "wasserstein"])
+def test_a_gan_covers_the_swiss_roll_from_end_to_end_in_four_steps(tmp_path, divergence):
+    flags = ["--dataset_name", "swiss_roll", "--divergence", divergence]
+    share = curve_shares(samples_of(trained(train_ddgan, tmp_path, *QUICK, *DDGAN, *flags)))
+    assert share.min() > 0.04 and share.sum() > 0.65, share
