@@ -1,19 +1,20 @@
-"""Checkpoints of NVlabs/denoising-diffusion-gan <-> DDGANGenerator, DDGANDiscriminator, bit for bit.
+"""Checkpoints of NVlabs/denoising-diffusion-gan <-> DDGANGenerator, bit for bit.
 
-The reference keeps the generator's modules in one flat list in the order of their construction; `_generator_modules`
-walks our attributes in that order. Its released weights are for non-commercial use: converting them does not change
-their licence.
+The reference keeps the generator's modules in one flat list in the order of their construction;
+`_generator_modules` walks our attributes in that order. Its released weights are for non-commercial
+use: converting them does not change their licence.
 """
 
 import argparse
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
+from hf_diffusion.convert.checkpoints import read_checkpoint
 from hf_diffusion.convert.nvlabs_flags import (
     DISCRIMINATOR_FLAGS,
     GENERATOR_FLAGS,
@@ -42,7 +43,8 @@ _DISCRIMINATOR_BLOCK = {"conv1.0": "conv_in", "dense_t1": "time_proj", "conv2.0"
 
 
 def generator_from_nvlabs(state: State, flags: Flags) -> DDGANGenerator:
-    """The generator of a reference state dict (`netG_<epoch>.pth`, or `netG_dict` of `content.pth`)."""
+    """The generator of a reference state dict (`netG_<epoch>.pth`, or `netG_dict` of
+    `content.pth`)."""
     model = DDGANGenerator(**generator_config(flags))
     _load(model, state, _generator_names(model), "generator")
     return model.eval()
@@ -58,7 +60,8 @@ def discriminator_from_nvlabs(state: State, flags: Flags) -> DDGANDiscriminator:
 def generator_to_nvlabs(model: DDGANGenerator) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The state dict and the flags of the reference's generator that computes the same as `model`.
 
-    Raises ValueError if the model uses what the reference does not have: classes, patches, images that are not square, a U-Net of ADM.
+    Raises ValueError if the model uses what the reference does not have: classes, patches, images
+    that are not square, a U-Net of ADM.
     """
     if not isinstance(model, DDGANGenerator):
         raise ValueError(
@@ -73,9 +76,11 @@ def generator_to_nvlabs(model: DDGANGenerator) -> tuple[dict[str, Tensor], dict[
 
 
 def discriminator_to_nvlabs(model: DDGANDiscriminator) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The state dict and the flags of the reference's discriminator that computes the same as `model`.
+    """The state dict and the flags of the reference's discriminator that computes the same as
+    `model`.
 
-    Raises ValueError if the model uses what the reference does not have: classes, patches, contiguous groups, ...
+    Raises ValueError if the model uses what the reference does not have: classes, patches,
+    contiguous groups, ...
     """
     _check_expressible(model)
     flags = {theirs: model.config[ours] for theirs, ours in DISCRIMINATOR_FLAGS.items()}
@@ -87,55 +92,38 @@ def scheduler_from_nvlabs(flags: Flags) -> DDGANScheduler:
     return DDGANScheduler(**scheduler_config(flags))
 
 
-def load_nvlabs_checkpoint(path: str | Path, entry: str | None = None) -> dict[str, Tensor]:
-    """Read a `.pth` or `.safetensors` state dict without running code from it; `entry` names one of `content.pth`.
+@dataclass(frozen=True)
+class NvlabsCheckpoint:
+    """State dicts and flags of a file of the reference; `kind` says which weights they are."""
 
-    The `module.` prefix of data-parallel training is removed.
+    generator: State
+    discriminator: State | None
+    flags: dict[str, Any]
+    kind: str
+
+
+def read_nvlabs_checkpoint(path: Path) -> NvlabsCheckpoint:
+    """What `netG_<epoch>.pth` or `content.pth` holds.
+
+    The file of an epoch holds averaged weights, and no flags. A training state has its flags, the
+    discriminator, and, where an average was kept, that beside the generator's weights in training.
+    The average is taken then.
     """
-    content = _read(Path(path))
-    if entry is None and "netG_dict" in content:
-        raise ValueError(f"{path} holds a whole training state; choose entry='netG_dict' or 'netD_dict'")
-    if entry is not None and entry not in content:
-        raise ValueError(f"{path} has no entry {entry!r}; it has {sorted(content)[:8]}")
-    return _without_module_prefix(content if entry is None else content[entry])
-
-
-def load_nvlabs_generator(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any], str]:
-    """State dict and flags of the generator of `netG_<epoch>.pth` or `content.pth`, and which of its weights they are.
-
-    The file of an epoch holds averaged weights, and no flags; a training state has its flags, and, where an average
-    was kept, that beside the weights in training. The average is taken then.
-    """
-    content = _read(Path(path))
+    content = read_checkpoint(path, allowed=[argparse.Namespace])
     if "netG_dict" not in content:
-        return _without_module_prefix(content), {}, "the weights of the file"
+        return NvlabsCheckpoint(_without_module_prefix(content), None, {}, "the weights of the file")
     state = _without_module_prefix(content["netG_dict"])
+    discriminator = _without_module_prefix(content.get("netD_dict") or {}) or None
     flags = flags_of_namespace(content.get("args", {}))
-    # Their optimizer numbers the parameters in the order of the state dict; fixed Fourier frequencies have no average.
+    # Their optimizer numbers the parameters in the order of the state dict; fixed Fourier
+    # frequencies have no average.
     slots = content.get("optimizerG", {}).get("state", {})
     averages = {name: slots[i]["ema"] for i, name in enumerate(state) if "ema" in slots.get(i, {})}
     complete = averages.keys() >= {name for name in state if name != "all_modules.0.W"}
+    kind = "the weights in training of a training state, which holds no average"
     if complete and all(average.shape == state[name].shape for name, average in averages.items()):
-        return state | averages, flags, "the averaged weights of a training state"
-    return state, flags, "the weights in training of a training state, which holds no average"
-
-
-def _read(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise ValueError(f"no checkpoint at {str(path)!r}; give a .pth or .safetensors file")
-    try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        with torch.serialization.safe_globals([argparse.Namespace]):  # plain values: the flags in content.pth
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # what is no checkpoint raises nearly anything
-        reason = str(error).strip().splitlines() or [type(error).__name__]
-        raise ValueError(
-            f"{path} cannot be read as tensors alone, without running code from it: {reason[0]}"
-        ) from error
-    if not isinstance(content, dict) or not content:
-        raise ValueError(f"{path} holds {type(content).__name__}, not the tensors of a network by name")
-    return content
+        state, kind = state | averages, "the averaged weights of a training state"
+    return NvlabsCheckpoint(state, discriminator, flags, kind)
 
 
 def _without_module_prefix(state: State) -> dict[str, Tensor]:
@@ -143,7 +131,7 @@ def _without_module_prefix(state: State) -> dict[str, Tensor]:
 
 
 def _generator_names(model: DDGANGenerator) -> dict[str, tuple[str, bool]]:
-    """Reference name -> (our name, whether the matrix is transposed), for every tensor of a generator."""
+    """Reference name -> (our name, whether the matrix is transposed), of every tensor."""
     names = {}
     for index, (ours, parts) in enumerate(_generator_modules(model)):
         for theirs_part, our_part in parts.items():
@@ -152,7 +140,8 @@ def _generator_names(model: DDGANGenerator) -> dict[str, tuple[str, bool]]:
                 names[f"all_modules.{index}.{theirs}"] = full, transposed
     for number in range(1 + model.config.num_latent_layers):
         for leaf in _LINEAR:
-            name = f"{2 * number + 1}.{leaf}"  # 0 is the normalisation, which has no tensors, then linear and SiLU in turn
+            # 0 is the normalisation, which has no tensors, then linear and SiLU in turn
+            name = f"{2 * number + 1}.{leaf}"
             names[f"z_transform.{name}"] = f"latent_mapping.{name}", False
     tensors = model.state_dict()
     return {theirs: ours for theirs, ours in names.items() if ours[0] in tensors}
@@ -198,7 +187,7 @@ def _to_image(prefix: str) -> Iterator[tuple[str, dict[str, str]]]:
 
 
 def _leaves(part: str) -> list[tuple[str, str | None, bool]]:
-    """(reference name, our leaf or None where the part is a tensor, transposed) of one part of a module."""
+    """(reference name, our leaf or None for a tensor, transposed) of one part of a module."""
     if part in ("weight", "bias", "W"):
         return [(part, None, False)]
     if part.startswith("NIN_"):  # stored (in, out), the transpose of a linear layer's matrix
@@ -229,8 +218,8 @@ def _load(model: torch.nn.Module, state: State, names: dict[str, tuple[str, bool
         tensor = state[theirs].T if transposed else state[theirs]
         if tensor.shape != own[ours].shape:
             raise ValueError(
-                f"{theirs} has shape {tuple(tensor.shape)} but these flags give {tuple(own[ours].shape)}; give the flags that"
-                f" the {what} was trained with"
+                f"{theirs} has shape {tuple(tensor.shape)} but these flags give {tuple(own[ours].shape)}; give the"
+                f" flags that the {what} was trained with"
             )
         own[ours].copy_(tensor)
 

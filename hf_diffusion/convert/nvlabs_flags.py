@@ -1,4 +1,5 @@
-"""The flags of NVlabs/denoising-diffusion-gan <-> arguments of DDGANGenerator, DDGANDiscriminator and DDGANScheduler.
+"""The flags of NVlabs/denoising-diffusion-gan <-> arguments of DDGANGenerator, DDGANDiscriminator
+and DDGANScheduler.
 
 A flag that is absent has the default of the reference's train_ddgan.py.
 """
@@ -71,10 +72,11 @@ KNOWN = {*GENERATOR_FLAGS, *DISCRIMINATOR_FLAGS, *SCHEDULER_FLAGS, *ON, *OFF, "d
 
 
 def read_flags(given: str) -> dict[str, Any]:
-    """The flags of a command line of theirs, as in "--image_size 32 --ch_mult 1 2 2 2", or of a .json or .yaml file.
+    """The flags of a command line of theirs, as in "--image_size 32 --ch_mult 1 2 2 2", or of a
+    .json or .yaml file.
 
-    As in their script, a switch without a value turns off what is on and on what is off; ValueError for what is no
-    flag or value.
+    As in their script, a switch without a value turns off what is on and on what is off; ValueError
+    for what is no flag or value.
     """
     if not given.strip().startswith("--") and Path(given).suffix in (".json", ".yaml", ".yml"):
         return _read_file(Path(given))
@@ -145,8 +147,10 @@ def _joined(values: list) -> str:
 
 
 def generator_config(flags: Flags) -> dict:
-    """Arguments of DDGANGenerator for the flags of train_ddgan.py; ValueError for those that the reference cannot
-    run."""
+    """Arguments of DDGANGenerator for the flags of train_ddgan.py.
+
+    Raises ValueError for flags that the reference itself cannot run.
+    """
     if not flags.get("conditional", True):
         raise ValueError(
             "conditional=False (a generator without time) has no counterpart; T > 1 needs conditional=True"
@@ -167,8 +171,9 @@ def generator_config(flags: Flags) -> dict:
 def discriminator_config(flags: Flags) -> dict:
     """Arguments of DDGANDiscriminator for the flags of train_ddgan.py.
 
-    `kind` ("small", "large") may be given; otherwise images of up to 32 pixels take the small one, as the script does
-    by dataset. `nc`, the channels of both arguments together, may stand for `num_channels`.
+    `kind` ("small", "large") may be given; otherwise images of up to 32 pixels take the small one,
+    as the script does by dataset. `nc`, the channels of both arguments together, may stand for
+    `num_channels`.
     """
     config = {ours: flags[theirs] for theirs, ours in DISCRIMINATOR_FLAGS.items() if theirs in flags}
     config.setdefault("variant", "small" if flags["image_size"] <= 32 else "large")

@@ -1,9 +1,11 @@
-"""Checkpoints of OpenAI's improved-diffusion and guided-diffusion to and from our models, bit for bit in float32.
+"""Checkpoints of OpenAI's improved-diffusion and guided-diffusion to and from our models, bit for
+bit in float32.
 
-A checkpoint of theirs is a state dict alone; its settings are the constructor arguments ("flags") of their `UNetModel` or
-`EncoderUNetModel`, with attention_resolutions as downsampling factors. `unet_flags` and `classifier_flags` make them from the
-flags of their scripts. Beware: head counts, the attention order and dropout leave no trace in the weights, so a wrong value of
-those is found by nobody.
+A checkpoint of theirs is a state dict alone; its settings are the constructor arguments ("flags")
+of their `UNetModel` or `EncoderUNetModel`, with attention_resolutions as downsampling factors.
+`unet_flags` and `classifier_flags` make them from the flags of their scripts. Beware: head counts,
+the attention order and dropout leave no trace in the weights, so a wrong value of those is found by
+nobody.
 """
 
 from collections.abc import Mapping
@@ -11,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from hf_diffusion.convert.checkpoints import read_checkpoint
 from hf_diffusion.models.unet_adm import ADMClassifier, ADMDownsample, ADMResBlock, ADMUNet2DModel
 
 
@@ -48,7 +50,8 @@ HEADS = {
     "spatial_v2": {"head.linear_1": "out.0", "head.norm": "out.1", "head.linear_2": "out.3"},
 }
 
-# defaults of their constructors; None marks what they require. These flags change no number of the float32 network
+# defaults of their constructors; None marks what they require. These flags change no number of the
+# float32 network
 REQUIRED = ("image_size", "in_channels", "model_channels", "out_channels", "num_res_blocks", "attention_resolutions")
 DEFAULTS = {
     "dropout": 0,
@@ -65,27 +68,20 @@ DEFAULTS = {
 IGNORED = ("use_checkpoint", "use_fp16")
 
 
-def load_openai_checkpoint(path: str | Path) -> dict[str, Tensor]:
-    """Read a state dict from a .pt or .safetensors file; nothing in the file is executed."""
-    path = Path(path)
-    if not path.is_file():
-        raise ValueError(f"no checkpoint at {str(path)!r}; give a .pt or .safetensors file")
-    if path.suffix == ".safetensors":
-        return load_file(path)
-    if path.suffix not in (".pt", ".pth", ".bin"):
-        raise ValueError(f"unknown kind of checkpoint {path.name!r}; give a .pt or .safetensors file")
-    state_dict = torch.load(path, map_location="cpu", weights_only=True)
-    if not isinstance(state_dict, Mapping) or not all(torch.is_tensor(value) for value in state_dict.values()):
+def read_openai_checkpoint(path: Path) -> dict[str, Tensor]:
+    """The state dict of a .pt or .safetensors file of theirs; ValueError for what is none."""
+    state_dict = read_checkpoint(path)
+    if not all(torch.is_tensor(value) for value in state_dict.values()):
         raise ValueError(
-            f"{path.name!r} holds no plain state dict; give modelNNNNNN.pt or ema_RATE_NNNNNN.pt, not the optimizer's file"
+            f"{path} holds no plain state dict; give modelNNNNNN.pt or ema_RATE_NNNNNN.pt, not the optimizer's file"
         )
-    return dict(state_dict)
+    return state_dict
 
 
 def unet_from_openai(state_dict: Mapping[str, Tensor], flags: Mapping[str, Any]) -> ADMUNet2DModel:
-    """Build our U-Net, float32 in eval mode, from the weights and the constructor arguments of a `UNetModel`.
+    """Our U-Net, in eval mode, from the weights and the constructor arguments of a `UNetModel`.
 
-    Raises ValueError if the weights do not fit the flags, and names the flag that probably is wrong.
+    Raises ValueError if the weights do not fit the flags, and names the one that probably is wrong.
     """
     config = _config(flags, extra={"num_classes": None})
     upsample = flags.get("num_heads_upsample", -1)
@@ -99,9 +95,9 @@ def unet_from_openai(state_dict: Mapping[str, Tensor], flags: Mapping[str, Any])
 
 
 def classifier_from_openai(state_dict: Mapping[str, Tensor], flags: Mapping[str, Any]) -> ADMClassifier:
-    """Build our classifier, float32 in eval mode, from the weights and the constructor arguments of an `EncoderUNetModel`.
+    """Our classifier, in eval mode, from weights and arguments of an `EncoderUNetModel`.
 
-    Raises ValueError if the weights do not fit the flags, and names the flag that probably is wrong.
+    Raises ValueError if the weights do not fit the flags, and names the one that probably is wrong.
     """
     config = _config(flags, extra={"pool": "adaptive"})
     model = ADMClassifier(**config, num_classes=flags["out_channels"], pool=flags.get("pool", "adaptive"))
@@ -109,9 +105,10 @@ def classifier_from_openai(state_dict: Mapping[str, Tensor], flags: Mapping[str,
 
 
 def unet_to_openai(model: ADMUNet2DModel) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The state dict and the constructor arguments of the `UNetModel` that computes the same as `model`.
+    """State dict and constructor arguments of the `UNetModel` that computes the same as `model`.
 
-    Raises ValueError if the model uses what guided-diffusion does not have (patches, a null class, other norm groups, ...).
+    Raises ValueError if the model uses what guided-diffusion does not have (patches, a null class,
+    other norm groups, ...).
     """
     if model.config.null_class:
         raise ValueError("guided-diffusion has no null class; export a model without null_class")
@@ -124,9 +121,10 @@ def unet_to_openai(model: ADMUNet2DModel) -> tuple[dict[str, Tensor], dict[str, 
 
 
 def classifier_to_openai(model: ADMClassifier) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The state dict and the constructor arguments of the `EncoderUNetModel` that computes the same as `model`.
+    """State dict and constructor arguments of the `EncoderUNetModel` that computes the same.
 
-    Raises ValueError if the model uses what guided-diffusion does not have (patches, other norm groups, ...).
+    Raises ValueError if the model uses what guided-diffusion does not have (patches, other norm
+    groups, ...).
     """
     if model.config.pool == "attention" and model.config.num_head_channels is None:
         raise ValueError("pool 'attention' of guided-diffusion needs num_head_channels; set it to the width of a head")
@@ -154,9 +152,11 @@ def unet_flags(
     use_new_attention_order: bool = False,
     num_classes: int = 1000,
 ) -> dict[str, Any]:
-    """Constructor arguments of the `UNetModel` that the scripts build from their flags (defaults as in script_util.py).
+    """Constructor arguments of the `UNetModel` that the scripts build from their flags (defaults as
+    in script_util.py).
 
-    `attention_resolutions` are sides in pixels here. `num_classes` is 1000 in their code; it counts with `class_cond` only.
+    `attention_resolutions` are sides in pixels here. `num_classes` is 1000 in their code; it counts
+    with `class_cond` only.
     """
     return {
         "image_size": image_size,
@@ -187,7 +187,7 @@ def classifier_flags(
     classifier_pool: str = "attention",
     num_classes: int = 1000,
 ) -> dict[str, Any]:
-    """Constructor arguments of the `EncoderUNetModel` that the scripts build from their flags (as in script_util.py)."""
+    """Constructor arguments of the `EncoderUNetModel` that script_util.py builds from flags."""
     return {
         "image_size": image_size,
         "in_channels": 3,
@@ -310,7 +310,7 @@ def _names(model: ADMUNet2DModel | ADMClassifier) -> dict[str, str]:
 
 
 def _to_theirs(name: str, tensor: Tensor) -> Tensor:
-    """Their shape of a parameter: linear maps of feature maps are convolutions there, positions come last."""
+    """Their shape of a parameter: linear maps of feature maps are convolutions there."""
     if name.endswith(("qkv.weight", "proj_out.weight", "qkv_proj.weight", "c_proj.weight")):
         return tensor[:, :, None]
     if (
@@ -340,8 +340,8 @@ def _load(model: ADMUNet2DModel | ADMClassifier, state_dict: Mapping[str, Tensor
     ]
     if unknown or missing or shapes:
         raise ValueError(
-            f"the checkpoint does not fit the flags: {len(unknown)} unknown keys {unknown[:3]}, {len(missing)} missing keys "
-            f"{missing[:3]}, {len(shapes)} other shapes {shapes[:3]}; {_wrong_flag(targets, state_dict)}"
+            f"the checkpoint does not fit the flags: {len(unknown)} unknown keys {unknown[:3]}, {len(missing)} "
+            f"missing keys {missing[:3]}, {len(shapes)} other shapes {shapes[:3]}; {_wrong_flag(targets, state_dict)}"
         )
     for name, target in targets.items():
         target.copy_(state_dict[name])
@@ -351,7 +351,8 @@ def _load(model: ADMUNet2DModel | ADMClassifier, state_dict: Mapping[str, Tensor
 def _wrong_flag(targets: Mapping[str, Tensor], state_dict: Mapping[str, Tensor]) -> str:
     """The most likely reason why a checkpoint does not fit, as advice."""
     if "label_emb.weight" in state_dict and "label_emb.weight" not in targets:
-        return f"set num_classes to {len(state_dict['label_emb.weight'])} (class_cond), because it holds a class embedding"
+        rows = len(state_dict["label_emb.weight"])
+        return f"set num_classes to {rows} (class_cond), because it holds a class embedding"
     if "label_emb.weight" in targets and "label_emb.weight" not in state_dict:
         return "set num_classes to None (no class_cond), because it holds no class embedding"
 

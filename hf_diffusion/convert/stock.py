@@ -1,7 +1,8 @@
 """Our pipelines in diffusers' own classes, which load anywhere and run no code of ours.
 
-The U-Net of ADM without patches is a `UNet2DModel` under other names; DDPM and DDIM sampling are `DDPMPipeline` and `DDIMPipeline`. What has no
-counterpart there is refused with the reason. Stock schedulers keep their tables in float32, so that images agree within float error only.
+The U-Net of ADM without patches is a `UNet2DModel` under other names; DDPM and DDIM sampling are
+`DDPMPipeline` and `DDIMPipeline`. What has no counterpart there is refused with the reason. Stock
+schedulers keep their tables in float32, so that images agree within float error only.
 """
 
 import torch
@@ -44,10 +45,12 @@ KEPT = (
 def pipeline_to_stock(
     pipe: ClassifierFreeGuidancePipeline, class_label: int | str | None = None
 ) -> DDPMPipeline | DDIMPipeline:
-    """The stock pipeline that samples the same images; one class of a class-conditional model, for diffusers has no such pipeline.
+    """The stock pipeline that samples the same images; one class of a class-conditional model, for
+    diffusers has no such pipeline.
 
-    A DDIMPipeline does so when it is called with `use_clipped_model_output=True` and the scheduler's eta, and with a number of steps
-    that divides the training timesteps. `class_label` "none" takes the null class. ValueError says what cannot be expressed.
+    A DDIMPipeline does so when it is called with `use_clipped_model_output=True` and the
+    scheduler's eta, and with a number of steps that divides the training timesteps. `class_label`
+    "none" takes the null class. ValueError says what cannot be expressed.
     """
     if not isinstance(pipe, ClassifierFreeGuidancePipeline) or not isinstance(pipe.unet, ADMUNet2DModel):
         network = getattr(pipe, "unet", None) or getattr(pipe, "generator", None)
@@ -62,14 +65,16 @@ def pipeline_to_stock(
 
 
 def label_row(pipe: ClassifierFreeGuidancePipeline, class_label: int | str | None) -> int | None:
-    """The row of the class embedding that a class, by number or name, or "none" stands for; None for a model without classes."""
+    """The row of the class embedding that a class, by number or name, or "none" stands for; None
+    for a model without classes."""
     if pipe.num_classes is None:
         if class_label is not None:
             raise ValueError(f"class_label {class_label!r} was given for a model without classes; leave it out")
         return None
     if class_label is None:
         raise ValueError(
-            "no pipeline of diffusers hands class labels to a UNet2DModel; choose one class by --class_label, or 'none' for the null class"
+            "no pipeline of diffusers hands class labels to a UNet2DModel; choose one class by --class_label, or "
+            "'none' for the null class"
         )
     if class_label == "none":
         if pipe.null_class_id is None:
@@ -83,7 +88,8 @@ def label_row(pipe: ClassifierFreeGuidancePipeline, class_label: int | str | Non
 
 @torch.no_grad()
 def unet_to_stock(model: ADMUNet2DModel, row: int | None = None) -> UNet2DModel:
-    """The `UNet2DModel` that computes the same as `model`, of one row of its class embedding; ValueError if there is none."""
+    """The `UNet2DModel` that computes the same as `model`, of one row of its class embedding;
+    ValueError if there is none."""
     stock = UNet2DModel(**_stock_config(model))
     state = {}
     for name, tensor in model.state_dict().items():
@@ -190,7 +196,7 @@ def _layer(block: torch.nn.Module, target: str, place: int) -> dict[str, Tensor]
 
 
 def scheduler_to_stock(scheduler: GaussianScheduler) -> DDPMScheduler | DDIMScheduler:
-    """The stock scheduler of the same process; ValueError where its steps would differ by more than rounding."""
+    """The stock scheduler of the same process; ValueError where its steps would differ."""
     config = scheduler.config
     is_ddim = isinstance(scheduler, DDIMEtaScheduler)
     if config.prediction_type == "previous_mean":
@@ -203,8 +209,8 @@ def scheduler_to_stock(scheduler: GaussianScheduler) -> DDPMScheduler | DDIMSche
         )
     if not is_ddim and config.timestep_spacing != "leading" and config.variance_type != "fixed_small":
         raise ValueError(
-            f"diffusers' DDPM adds noise in the last step with timestep_spacing {config.timestep_spacing!r} and variance_type "
-            f"{config.variance_type!r}; save with timestep_spacing 'leading'"
+            f"diffusers' DDPM adds noise in the last step with timestep_spacing {config.timestep_spacing!r} and "
+            f"variance_type {config.variance_type!r}; save with timestep_spacing 'leading'"
         )
     kept = {name: config[name] for name in KEPT}
     names = ("linear", "scaled_linear", "squaredcos_cap_v2") + (() if is_ddim else ("sigmoid",))

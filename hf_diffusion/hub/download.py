@@ -1,4 +1,4 @@
-"""Fetching from the Hub so that what arrives is whole: tried again after faults that pass, and compared with the Hub's checksums on request."""
+"""Fetching from the Hub so that what arrives is whole: tried again, and compared on request."""
 
 import logging
 import time
@@ -19,9 +19,11 @@ LONGEST_WAIT = 60.0  # that the Hub may ask for
 
 
 def patiently(fetch: Callable[[], Result]) -> Result:
-    """The result of `fetch()`, which is tried again a few times after errors that pass by themselves; OSError if they do not.
+    """The result of `fetch()`, tried again after errors that pass by themselves; OSError if they
+    last.
 
-    huggingface_hub does so for the questions that come before a download, for half a minute, and not for an error or a reset in its middle.
+    huggingface_hub does so for the questions that come before a download, for half a minute, and
+    not for an error or a reset in its middle.
     """
     began = time.monotonic()
     for wait in (*WAITS, None):
@@ -41,10 +43,10 @@ def patiently(fetch: Callable[[], Result]) -> Result:
 def verify_download(
     repo_id: str, commit: str, token: str | bool | None = None, cache_dir: str | Path | None = None
 ) -> int:
-    """Compare every file of the repository that is in the cache with the Hub's checksums; returns their number.
+    """Compare the cached files of a repository with the Hub's checksums; returns their number.
 
-    A damaged file is fetched once more. If that one is damaged, too, it is taken out of the cache, and OSError names it. OSError also where the
-    Hub cannot be asked.
+    A damaged file is fetched once more. If that one is damaged, too, it is taken out of the cache,
+    and OSError names it. OSError also where the Hub cannot be asked.
     """
     damaged, count = _damaged(repo_id, commit, token, cache_dir)
     where = {"revision": commit, "token": token, "cache_dir": cache_dir}
@@ -60,14 +62,14 @@ def verify_download(
         blob.unlink(missing_ok=True)
     if damaged:
         raise OSError(
-            f"{', '.join(damaged)} of {repo_id} at commit {commit[:12]} arrived damaged twice: the checksums are not those of the Hub; the "
-            "damaged files were taken out of the cache, try again over another connection"
+            f"{', '.join(damaged)} of {repo_id} at commit {commit[:12]} arrived damaged twice: the checksums are "
+            "not those of the Hub; the damaged files were taken out of the cache, try again over another connection"
         )
     return count
 
 
 def fetch_and_verify(repo_id: str, revision: str | None = None, **where) -> tuple[str, int]:
-    """Fetch a whole repository, code included, and compare it with the Hub; returns the commit and the number of files.
+    """Fetch and compare a whole repository, code included; returns commit and number of files.
 
     `where`: token, cache_dir. OSError as for `verify_download`.
     """

@@ -1,4 +1,4 @@
-"""What goes wrong between here and the Hub: which errors pass by themselves, how long to wait, and what to tell the user."""
+"""What goes wrong on the way to the Hub: what passes by itself, how long to wait, what to say."""
 
 import json
 import re
@@ -22,7 +22,8 @@ from huggingface_hub.utils._http import default_client_factory
 Result = TypeVar("Result")
 TRANSIENT = (408, 412, 425, 429, 500, 502, 503, 504)  # 412: somebody else's commit came first
 TIMEOUTS = {"connect": 15.0, "read": 120.0, "write": 120.0, "pool": 60.0}  # seconds without any progress
-# hf_xet has time limits of its own for large files, 300 s, and for the list of their chunks none at all (xet-core, pull request 685).
+# hf_xet has time limits of its own for large files, 300 s, and for the list of their chunks none at
+# all (xet-core, pull request 685).
 UPLOAD_TIME = 600.0  # seconds for a commit with all its files, beside those that the files take at the slowest rate
 SLOWEST_RATE = 100_000  # bytes a second
 
@@ -41,7 +42,7 @@ class ChecksumMismatch(RuntimeError):
 
 @contextmanager
 def bounded_requests() -> Iterator[None]:
-    """No request of huggingface_hub waits without end for a silent peer; process-wide, as is the client that it concerns."""
+    """No request of huggingface_hub, in this process, waits without end for a silent peer."""
 
     def client():
         made = default_client_factory()
@@ -58,7 +59,7 @@ def bounded_requests() -> Iterator[None]:
 
 
 def within(seconds: float, call: Callable[[], Result]) -> Result:
-    """The result of `call()`; TimeoutError after so many seconds, with the call left behind in a thread that no exit waits for."""
+    """The result of `call()`; TimeoutError after so many seconds, while a daemon thread goes on."""
     ended: list[tuple[Result | None, BaseException | None]] = []
 
     def run() -> None:
@@ -80,7 +81,7 @@ def within(seconds: float, call: Callable[[], Result]) -> Result:
 
 @contextmanager
 def without_xet() -> Iterator[None]:
-    """Large files go by LFS, as with HF_HUB_DISABLE_XET=1: hf_xet queues behind an upload of this process that has stalled."""
+    """Large files go by LFS: hf_xet queues behind an upload of this process that has stalled."""
     former, constants.HF_HUB_DISABLE_XET = constants.HF_HUB_DISABLE_XET, True
     try:
         yield
@@ -132,8 +133,8 @@ def in_one_sentence(error: BaseException, repo_id: str) -> str:
     status = error.response.status_code if isinstance(error, HfHubHTTPError) else None
     if status in (401, 403) or isinstance(error, RepositoryNotFoundError | GatedRepoError):
         return (
-            f"this token may not write to {repo_id} ({status}); log in by `hf auth login` or set HF_TOKEN, with a token that "
-            "has write access to this repository"
+            f"this token may not write to {repo_id} ({status}); log in by `hf auth login` or set HF_TOKEN, "
+            "with a token that has write access to this repository"
         )
     if isinstance(error, BadRequestError):
         return f"the Hub refuses the push to {repo_id}: {(error.server_message or brief(error)).strip()}"

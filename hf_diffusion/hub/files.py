@@ -1,27 +1,34 @@
-"""Which files of a folder leave the machine: by a list of what may, so that nothing else can slip through."""
+"""Which files of a folder leave the machine: a list of what may, so that nothing slips through."""
 
 import json
 import re
 from collections.abc import Iterable
 from pathlib import Path
 
+from hf_diffusion.hub.card_format import pictures
+
 
 INDEX = "model_index.json"
 CHECKPOINT = "last-checkpoint"  # in the repository; pushed only where `--hub_strategy checkpoint` asks for it
 ROOT_FILES = ("README.md", "LICENSE", "LICENSE.md", "config.yaml", "metrics.json", "loss_curve.png")
-PART_FILES = ("*.json", "*.safetensors", "*.txt", "*.py")  # of a component; no pickle, whatever its name
-NO_TEXT = (".safetensors", ".bin", ".pkl")  # the last two in a checkpoint only
+# Of a component; no pickle, whatever its name. A *.model is a tokenizer's table, which
+# sentencepiece reads as protobuf.
+PART_FILES = ("*.json", "*.safetensors", "*.txt", "*.model", "*.py")
+# .bin and .pkl are in a checkpoint only.
+NO_TEXT = (".safetensors", ".bin", ".pkl")
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".gif")
 GRID = re.compile(r"samples/(ema|raw)-\d+\.png")
-NAME = re.compile(r"[A-Za-z]\w*")  # of a component or a module; an index may come from anywhere, and name "../.ssh"
+# Of a component or a module: an index may come from anywhere, and name "../.ssh".
+NAME = re.compile(r"[A-Za-z]\w*")
 TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{20,}\b")
 
 
 def pushable_files(folder: Path) -> dict[str, Path]:
     """What is shared of the folder of a saved pipeline or model: path in the repository -> file.
 
-    Weights as safetensors, configurations, shipped code, the card, the pictures that the card shows, settings and results. Never
-    checkpoints, optimizer state, logs or random states. ValueError where there is nothing to share, or a text holds a token.
+    Weights as safetensors, configurations, shipped code, the card, the pictures that the card
+    shows, settings and results. Never checkpoints, optimizer state, logs or random states.
+    ValueError where there is nothing to share, or a text holds a token.
     """
     if not folder.is_dir():
         raise ValueError(f"{folder} is not a folder; give the folder of a saved pipeline")
@@ -38,7 +45,7 @@ def pushable_files(folder: Path) -> dict[str, Path]:
 
 
 def refuse_tokens(files: Iterable[Path]) -> None:
-    """ValueError for a text, among files that are about to be shared, that holds what looks like a token of the Hub."""
+    """ValueError for a text, among files to be shared, with what looks like a token of the Hub."""
     for path in files:
         if path.suffix not in (*NO_TEXT, *PICTURES) and TOKEN.search(_text(path)):
             raise ValueError(
@@ -47,16 +54,27 @@ def refuse_tokens(files: Iterable[Path]) -> None:
 
 
 def checkpoint_files(checkpoint: Path) -> dict[str, Path]:
-    """A training checkpoint, optimizer state and all, under the one name that it has in the repository."""
+    """A training checkpoint, optimizer state and all, under its one name in the repository."""
     found = (path for path in sorted(checkpoint.rglob("*")) if path.is_file())
     return {f"{CHECKPOINT}/{path.relative_to(checkpoint).as_posix()}": path for path in found}
 
 
-def is_stale(path: str, files: Iterable[str]) -> bool:
-    """Whether a file of the repository is left over from an earlier push of ours and not among `files`, which replace it.
+def newest_grid(folder: Path) -> list[Path]:
+    """The last grid of a run, of the averaged weights if there are any; empty without grids."""
+    grids = sorted((folder / "samples").glob("ema-*.png")) or sorted((folder / "samples").glob("raw-*.png"))
+    return grids[-1:]
 
-    Such are other files of the same components (a list of shards beside a single file would win when loading), earlier grids and
-    earlier checkpoints. What people put elsewhere is theirs.
+
+def step_tag(step: int) -> str:
+    """The tag of what is pushed at a step, for `revision=` of whoever loads it."""
+    return f"step-{step:08d}"
+
+
+def is_stale(path: str, files: Iterable[str]) -> bool:
+    """Whether a file of the repository is left over from an earlier push, which `files` replace.
+
+    Such are other files of the same components (a list of shards beside a single file would win
+    when loading), earlier grids and earlier checkpoints. What people put elsewhere is theirs.
     """
     if path in files:
         return False
@@ -89,7 +107,7 @@ def _model_files(folder: Path) -> list[str]:
 
 def _pictures_in_card(folder: Path) -> list[str]:
     card = folder / "README.md"
-    shown = re.findall(r"!\[[^\]]*\]\(([^)\s]+)\)", card.read_text(encoding="utf-8")) if card.is_file() else []
+    shown = pictures(card.read_text(encoding="utf-8")) if card.is_file() else {}
     inside = (name for name in shown if (folder / name).is_file() and ".." not in Path(name).parts)
     return [name for name in inside if Path(name).suffix.lower() in PICTURES and not Path(name).is_absolute()]
 

@@ -1,13 +1,16 @@
-"""Folders and Hub repositories of pipelines: fetching them, and finding the package's own class for every part."""
+"""Folders and repositories of pipelines: fetching them, and finding the class of every part."""
 
 import importlib
 import json
 import math
 import os
 import re
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 from diffusers import DiffusionPipeline, ModelMixin, SchedulerMixin
+from diffusers.utils import DIFFUSERS_DYNAMIC_MODULE_NAME
 from huggingface_hub import HfApi, hf_hub_download, snapshot_download
 from huggingface_hub.errors import (
     EntryNotFoundError,
@@ -20,10 +23,13 @@ from hf_diffusion.hub.download import fetch_and_verify, patiently, verify_downlo
 
 
 INDEX = DiffusionPipeline.config_name
-LIBRARIES = ("diffusers", "transformers")  # parts of these are loaded from there, whatever the package has
+# Parts of these are loaded from there, whatever the package has.
+LIBRARIES = ("diffusers", "transformers")
 # Weights are read as safetensors only: a pickle can run code when it is read.
 NOT_FETCHED = ["*.py", "*.bin", "*.ckpt", "*.h5", "*.msgpack", "*.onnx", "*.pkl", "*.pt", "*.pth"]
-NAME = re.compile(r"[A-Za-z]\w*")  # of a part; an index may come from anywhere, and name "../.ssh"
+# Of a part: an index may come from anywhere, and name "../.ssh".
+NAME = re.compile(r"[A-Za-z]\w*")
+KINDS = (ModelMixin, SchedulerMixin)
 WHERE = ("subfolder", "revision", "token", "cache_dir", "local_files_only", "force_download")
 
 
@@ -34,22 +40,48 @@ def package_class(class_name: str, kind: type | tuple[type, ...]) -> type | None
     return candidate if is_ours and candidate.__module__.startswith("hf_diffusion.") else None
 
 
-def name_package_classes(index: dict) -> None:
-    """Rewrite the index of a pipeline in place so that every part that is not stock names a module of this package.
+def imported_class(module: str, class_name: str, kind: type | tuple[type, ...]) -> type | None:
+    """The class of a family outside of this package, by its file's stem and its name.
 
-    Parts are found by class name alone: the module or file that the index names is not looked at. Raises ValueError for
-    a class that the package does not have.
+    It must be imported already. Code of repositories that was run in this process is passed over.
+    """
+    for cls in _subclasses(kind):
+        known = getattr(sys.modules.get(cls.__module__), class_name, None)
+        package, _, stem = cls.__module__.rpartition(".")
+        if (
+            known is cls
+            and stem == module.rpartition(".")[2]
+            and package.split(".")[0] != DIFFUSERS_DYNAMIC_MODULE_NAME
+        ):
+            return cls
+    return None
+
+
+def _subclasses(kind: type | tuple[type, ...]) -> Iterator[type]:
+    for parent in kind if isinstance(kind, tuple) else (kind,):
+        for cls in parent.__subclasses__():
+            yield cls
+            yield from _subclasses(cls)
+
+
+def name_package_classes(index: dict) -> None:
+    """Rewrite the index of a pipeline in place so that its parts name modules of this process.
+
+    The package's own classes are found by their names alone, whatever module or file the index
+    names; others among those that are imported already. Raises ValueError for a class that is
+    nowhere.
     """
     index["_class_name"] = index_class_name(index)
     for name, entry in index.items():
         is_part = isinstance(entry, (list, tuple)) and len(entry) == 2 and not name.startswith("_")
         if not is_part or entry[0] is None or entry[0] in LIBRARIES:
             continue
-        found = package_class(str(entry[1]), (ModelMixin, SchedulerMixin))
+        module, class_name = map(str, entry)
+        found = package_class(class_name, KINDS) or imported_class(module, class_name, KINDS)
         if found is None:
             raise ValueError(
-                f"the {name} of this pipeline is a {entry[1]!r}, which this version of hf_diffusion does not have; update"
-                " hf_diffusion, or run the repository's own code with"
+                f"the {name} of this pipeline is a {entry[1]!r}, which this version of hf_diffusion does not"
+                " have; update hf_diffusion, or run the repository's own code with"
                 " DiffusionPipeline.from_pretrained(..., trust_remote_code=True) if you trust it"
             )
         index[name] = [found.__module__, found.__name__]
@@ -76,9 +108,11 @@ def index_class_name(index: dict) -> str:
 def find_index(
     name_or_path: str | os.PathLike, subfolder: str | None = None, revision: str | None = None, **where
 ) -> Path:
-    """The model_index.json of a folder or, fetched first, of a repository. `where`: see `download_pipeline`.
+    """The model_index.json of a folder or, fetched, of a repository; `where`: see
+    `download_pipeline`.
 
-    Raises ValueError for a folder or name that cannot hold a pipeline, OSError for what the Hub does not have.
+    Raises ValueError for a folder or name that cannot hold a pipeline, OSError for what the Hub
+    does not have.
     """
     if os.path.isdir(name_or_path):
         file = Path(name_or_path) / (subfolder or "") / INDEX
@@ -108,9 +142,10 @@ def find_index(
 def download_pipeline(name_or_path: str | os.PathLike, options: dict) -> Path:
     """The local folder of a pipeline, fetched from the Hub if it is no folder, without any code.
 
-    Takes what says where to look out of `options`, the keyword arguments of a `from_pretrained` call: subfolder, revision,
-    token, cache_dir, local_files_only, force_download; and `verify`, which compares all files with the Hub's checksums. Parts that `options`
-    holds are not fetched. OSError where files are missing, or damaged also when fetched again.
+    Takes what says where to look out of `options`, the keyword arguments of a `from_pretrained`
+    call: subfolder, revision, token, cache_dir, local_files_only, force_download; and `verify`,
+    which compares all files with the Hub's checksums. Parts that `options` holds are not fetched.
+    OSError where files are missing, or damaged also when fetched again.
     """
     where = {key: options.pop(key) for key in WHERE if key in options}
     verify = options.pop("verify", False)
@@ -138,12 +173,13 @@ def download_pipeline(name_or_path: str | os.PathLike, options: dict) -> Path:
         patiently(lambda: snapshot_download(str(name_or_path), **patterns, **{**where, "revision": commit}))
     except LocalEntryNotFoundError:  # told below, in terms of the pipeline
         pass
-    # While the Hub is out of reach, snapshot_download hands back whatever the cache has of a snapshot, without a word.
+    # While the Hub is out of reach, snapshot_download hands back what the cache has, without a
+    # word.
     missing = [part for part in parts if not any((index_file.parent / part).glob("*.json"))]
     if missing:
         raise OSError(
-            f"{', '.join(missing)} of {str(name_or_path)!r} could not be fetched: the Hub cannot be reached and the cache has only a part of "
-            "this repository, or the repository itself lacks them"
+            f"{', '.join(missing)} of {str(name_or_path)!r} could not be fetched: the Hub cannot be "
+            "reached and the cache has only a part of this repository, or the repository itself lacks them"
         )
     if verify:
         verify_download(str(name_or_path), commit, where.get("token"), where.get("cache_dir"))
@@ -151,13 +187,17 @@ def download_pipeline(name_or_path: str | os.PathLike, options: dict) -> Path:
 
 
 def load_pipeline(name_or_path: str | os.PathLike, trust_remote_code: bool = False, **kwargs) -> DiffusionPipeline:
-    """Load any pipeline: with this package's class if it has one of that name, else as diffusers does.
+    """Load any pipeline: with a class of this package or of this process, else as diffusers does.
 
-    `kwargs` are those of `from_pretrained`, and `verify`. Only a pipeline that is foreign to the package needs `trust_remote_code`. Weights
-    are read as safetensors; those of a foreign one also otherwise with `use_safetensors=False`.
+    `kwargs` are those of `from_pretrained`, and `verify`. Only a pipeline whose class is not here
+    needs `trust_remote_code`. Weights are read as safetensors; those of such a one also otherwise
+    with `use_safetensors=False`.
     """
     index_file = find_index(name_or_path, **{key: kwargs[key] for key in WHERE if key in kwargs})
-    own = package_class(index_class_name(read_index(index_file)), DiffusionPipeline)
+    index = read_index(index_file)
+    own = package_class(index_class_name(index), DiffusionPipeline)
+    if own is None and isinstance(index["_class_name"], list):
+        own = imported_class(*map(str, index["_class_name"]), DiffusionPipeline)
     if own is not None:
         return own.from_pretrained(name_or_path, **kwargs)
     if kwargs.get("subfolder"):
@@ -173,10 +213,10 @@ def load_pipeline(name_or_path: str | os.PathLike, trust_remote_code: bool = Fal
 
 
 def describe_pipeline(name_or_path: str | os.PathLike, **where) -> dict:
-    """What a pipeline consists of, from its small files alone: no code is run and no weights are fetched.
+    """What a pipeline consists of, from its small files alone: without code and weights.
 
-    Returns `class_name`, `index`, and `parts`: for each the `class_name`, the `config`, and the `parameters` of a model.
-    `where`: subfolder, revision, token, cache_dir, local_files_only.
+    Returns `class_name`, `index`, and `parts`: for each the `class_name`, the `config`, and the
+    `parameters` of a model. `where`: subfolder, revision, token, cache_dir, local_files_only.
     """
     index_file = find_index(name_or_path, **where)
     index = read_index(index_file)

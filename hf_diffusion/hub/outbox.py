@@ -1,7 +1,8 @@
-"""The queue of pushes of a training run: folders on disk, so that nothing is lost by an outage, a kill, or a machine without a network.
+"""The queue of pushes of a run: folders on disk, so that no outage and no kill loses anything.
 
-`output_dir/outbox/000001-step-00000100/` holds `push.json` and, under `files/`, exactly what is pushed. A child process sends them in
-their order; it is a process of its own so that nothing that happens there can hold up or end the training.
+`output_dir/outbox/000001-step-00000100/` holds `push.json` and, under `files/`, exactly what is
+pushed. A child process sends them in their order; it is a process of its own so that nothing that
+happens there can hold up or end the training.
 """
 
 import json
@@ -25,13 +26,10 @@ ENTRY = re.compile(r"(\d{6})-.+")
 WRITTEN_ONCE = (".safetensors", ".bin", ".pkl")
 # During an outage of days every save would stay on disk; the oldest beyond these are given up.
 MOST_WAITING = 10
-# hf_diffusion's own __init__ imports torch and diffusers: seconds and hundreds of megabytes that sending files has no use for. The child
-# therefore gets a bare package of that name, in which the modules that it needs are found.
+# Imports the Hub's client and no torch, which takes seconds and hundreds of megabytes.
 CHILD = """
-import sys, types
-package = types.ModuleType("hf_diffusion")
-package.__path__ = [sys.argv[1]]
-sys.modules["hf_diffusion"] = package
+import sys
+sys.path.insert(0, sys.argv[1])
 from pathlib import Path
 from hf_diffusion.hub.outbox import send_and_report
 sys.exit(send_and_report(Path(sys.argv[2])))
@@ -49,7 +47,7 @@ def pending(output_dir: Path) -> list[Path]:
 def new_entry(
     output_dir: Path, name: str, repo_id: str, message: str, tag: str | None, private: bool
 ) -> Iterator[Path]:
-    """A folder to fill with the files of one push; it joins the queue when the block ends, and leaves nothing if that fails."""
+    """A folder to fill with the files of one push; it joins the queue when the block ends well."""
     outbox = Path(output_dir) / FOLDER
     staging = outbox / STAGING
     shutil.rmtree(staging, ignore_errors=True)
@@ -65,7 +63,7 @@ def new_entry(
 
 
 def drop_oldest(output_dir: Path, limit: int = MOST_WAITING) -> list[str]:
-    """Give up the oldest entries beyond `limit`; returns their names. One that is being sent may fail by it, and is then gone too."""
+    """Give up the oldest entries beyond `limit`, sent at the moment or not; returns their names."""
     dropped = pending(output_dir)[:-limit]
     for entry in dropped:
         shutil.rmtree(entry, ignore_errors=True)
@@ -73,7 +71,7 @@ def drop_oldest(output_dir: Path, limit: int = MOST_WAITING) -> list[str]:
 
 
 def link_or_copy(source: Path, target: Path) -> None:
-    """Put a file into an entry: weights under a second name where the file system can do that, since they are only ever replaced."""
+    """Put a file into an entry; weights, which are only ever replaced, as a link if possible."""
     target.parent.mkdir(parents=True, exist_ok=True)
     if source.suffix in WRITTEN_ONCE:
         try:
@@ -89,10 +87,11 @@ def push_pending(
     api: HfApi | None = None,
     patience: Patience = PATIENCE,
 ) -> Iterator[Pushed]:
-    """Push the entries of the outbox in their order and yield where each arrived; also those that join meanwhile.
+    """Push the entries of the outbox, also those that join meanwhile, and yield where each arrived.
 
-    PushError at the first that does not get through: it stays, and so do those after it, since an older model must never be pushed on
-    top of a newer one. BlockingIOError where another process is at it.
+    PushError at the first that does not get through: it stays, and so do those after it, since an
+    older model must never be pushed on top of a newer one. BlockingIOError where another process is
+    at it.
     """
     with _sole_sender(Path(output_dir) / FOLDER):
         while entries := pending(output_dir):
@@ -117,7 +116,7 @@ def _sole_sender(outbox: Path) -> Iterator[None]:
 
 
 def send_and_report(output_dir: Path) -> int:
-    """`push_pending` for a command: says where everything arrived or why it did not; the exit status."""
+    """`push_pending` for a command: says where all arrived or why it did not; the exit status."""
     try:
         for pushed in push_pending(output_dir):
             print(f"pushed to {pushed.url}, commit {pushed.commit[:12]}", *pushed.notes, sep="\n  ", flush=True)
@@ -131,12 +130,13 @@ def send_and_report(output_dir: Path) -> int:
 
 
 def start_sending(output_dir: Path) -> subprocess.Popen:
-    """Send the outbox in a child process, which writes to `outbox/push.log` and goes on if this process ends."""
+    """Send the outbox in a child, which writes to `outbox/push.log` and outlives this process."""
     with (Path(output_dir) / FOLDER / "push.log").open("a") as log:
         return subprocess.Popen(
-            [sys.executable, "-c", CHILD, str(Path(__file__).parents[1]), str(output_dir)],
+            [sys.executable, "-c", CHILD, str(Path(__file__).parents[2]), str(output_dir)],
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=log,
-            start_new_session=True,  # an interrupt that ends the training in good order must not cut the push off
+            # An interrupt that ends the training in good order must not cut the push off.
+            start_new_session=True,
         )

@@ -1,7 +1,8 @@
-"""Pushing files to the Hub: one commit with its parent checked, retried as a whole, compared afterwards, and tagged.
+"""Pushing to the Hub: one commit on a checked parent, retried as a whole, compared, and tagged.
 
-What can go wrong on the way, and why a push is built like this, was tried against a Hub on loopback. `upload_folder` commits in
-parts, so that a failure leaves half a push; a commit whose answer got lost has happened all the same; requests have no timeouts.
+What can go wrong on the way, and why a push is built like this, was tried against a Hub on
+loopback. `upload_folder` commits in parts, so that a failure leaves half a push; a commit whose
+answer got lost has happened all the same; requests have no timeouts.
 """
 
 import hashlib
@@ -41,7 +42,7 @@ CARD = "README.md"
 
 @dataclass(frozen=True)
 class Patience:
-    """How long a push is tried again, in seconds; the waits double from the first to the longest."""
+    """How long a push is tried again, in seconds; waits double from the first to the longest."""
 
     deadline: float = 900.0
     first_wait: float = 1.0
@@ -63,7 +64,7 @@ class Pushed:
 
 @dataclass
 class Push:
-    """What is to arrive in a model repository; `files` maps paths there to files here, which must not change any more."""
+    """What is to arrive in a repository: paths there -> files here, which must stay as they are."""
 
     files: dict[str, Path]
     repo_id: str
@@ -82,8 +83,9 @@ class Push:
 def push(what: Push, api: HfApi | None = None, patience: Patience = PATIENCE) -> Pushed:
     """Push until the Hub has exactly these files, or the deadline is over; raises PushError.
 
-    The card keeps what people wrote on the Hub outside its generated part; files of earlier pushes that this one does not have are
-    removed, others stay. The new commit appears whole or not at all, and never on top of a commit that was not read.
+    The card keeps what people wrote on the Hub outside its generated part; files of earlier pushes
+    that this one does not have are removed, others stay. The new commit appears whole or not at
+    all, and never on top of a commit that was not read.
     """
     api = api or HfApi()
     began, wait = time.monotonic(), patience.first_wait
@@ -109,7 +111,7 @@ def push(what: Push, api: HfApi | None = None, patience: Patience = PATIENCE) ->
 
 
 def check_write_access(repo_id: str, private: bool = True, api: HfApi | None = None) -> str:
-    """The full name of the repository, which is created if it does not exist; PushError where it may not be written to."""
+    """The full name of a repository, made if there is none; PushError where writing is refused."""
     api = api or HfApi()
     try:
         if not (api.token or get_token()):
@@ -123,7 +125,7 @@ def check_write_access(repo_id: str, private: bool = True, api: HfApi | None = N
 
 
 def check_license(license: str | None) -> None:
-    """ValueError for a licence that the Hub does not know, since it would refuse the card, and with it the model, at the end."""
+    """ValueError for a licence that the Hub does not know: at the end it would refuse the model."""
     if license is None:
         return
     try:
@@ -155,7 +157,8 @@ def _attempt(what: Push, api: HfApi) -> Pushed:
     operations += [CommitOperationDelete(path) for path in there if is_stale(path, what.files)]
     commit = head.sha
     if operations:  # there are none if an earlier attempt arrived and only its answer was lost
-        # A commit that is made after its time is over is found by the next attempt, or fails there since its parent is no longer the head.
+        # A commit that is made after its time is over is found by the next attempt, or fails there
+        # since its parent is no longer the head.
         commit = within(
             errors.UPLOAD_TIME + sum(file.stat().st_size for file in what.files.values()) / errors.SLOWEST_RATE,
             lambda: api.create_commit(repo_id, operations, commit_message=what.message, parent_commit=head.sha).oid,
@@ -168,7 +171,8 @@ def _attempt(what: Push, api: HfApi) -> Pushed:
 def _merged_card(what: Push, api: HfApi, repo_id: str, head: str, there: RepoFile | None) -> bytes:
     """The card to push, with what people wrote into the one that is there.
 
-    That there is none is learnt from the list of files, never from a failed download: an outage must not look like "no card yet".
+    That there is none is learnt from the list of files, never from a failed download: an outage
+    must not look like "no card yet".
     """
     mine = what.files[CARD].read_text(encoding="utf-8")
     if there is None:
@@ -204,7 +208,7 @@ def _is_same(there: RepoFile, checksums: tuple[str, str]) -> bool:
 
 
 def _compare(api: HfApi, repo_id: str, commit: str, wanted: dict[str, tuple[str, str]]) -> None:
-    """ChecksumMismatch unless the commit has every file as it was sent: large ones are read while they travel, and any can be damaged."""
+    """ChecksumMismatch unless the commit has every file as it was sent: any can be damaged."""
     there = {entry.path: entry for entry in api.get_paths_info(repo_id, list(wanted), revision=commit)}
     bad = [path for path, sums in wanted.items() if path not in there or not _is_same(there[path], sums)]
     if bad:
@@ -212,7 +216,7 @@ def _compare(api: HfApi, repo_id: str, commit: str, wanted: dict[str, tuple[str,
 
 
 def _visibility_notes(what: Push, head: ModelInfo) -> list[str]:
-    """A repository keeps the visibility that it was created with, which may not be the one that was asked for."""
+    """A repository keeps the visibility that it was created with, whatever is asked for now."""
     if what.private and not head.private:
         return [f"{head.id} was there already and is public: everybody can see this push"]
     if not what.private and head.private:
@@ -221,7 +225,7 @@ def _visibility_notes(what: Push, head: ModelInfo) -> list[str]:
 
 
 def _set_tag(what: Push, api: HfApi, repo_id: str, commit: str) -> list[str]:
-    """Tag the commit; a tag that marks another commit stays there, since somebody may have pinned it."""
+    """Tag the commit; a tag of another commit stays there, since somebody may have pinned it."""
     if what.tag is None:
         return []
     marked = {ref.name: ref.target_commit for ref in api.list_repo_refs(repo_id).tags}

@@ -1,17 +1,25 @@
+"""OpenAI's checkpoints and flags to our networks and back, as functions and by the command."""
+
+import json
+import re
+
 import pytest
 import torch
 from safetensors.torch import save_file
 
+from hf_diffusion import cli
 from hf_diffusion.convert.openai import (
     classifier_flags,
     classifier_from_openai,
     classifier_to_openai,
-    load_openai_checkpoint,
+    read_openai_checkpoint,
     unet_flags,
     unet_from_openai,
     unet_to_openai,
 )
 from hf_diffusion.models.unet_adm import ADMClassifier, ADMUNet2DModel
+from hf_diffusion.pipelines.pipeline_classifier_free_guidance import ClassifierFreeGuidancePipeline
+from hf_diffusion.schedulers.scheduling_gaussian import CosineDDPMScheduler, DDIMEtaScheduler, LinearDDPMScheduler
 
 
 UNET = {
@@ -112,68 +120,51 @@ def test_a_factor_of_no_level_is_dropped_as_in_the_reference():
     ) == (2,)
 
 
-@pytest.mark.parametrize(
-    "changes, message",
-    [
-        ({"num_classes": 4}, "num_classes to None"),
-        ({"out_channels": 6}, "out_channels to 3 .*learn_sigma"),
-        ({"in_channels": 1, "out_channels": 1}, "in_channels to 3"),
-        ({"model_channels": 64}, r"model_channels \(num_channels, classifier_width\) to 32"),
-        ({"use_scale_shift_norm": False}, "use_scale_shift_norm to True"),
-        ({"resblock_updown": True}, "resblock_updown to False"),
-        ({"attention_resolutions": [1, 2]}, "missing keys .*attention_resolutions"),
-        ({"num_res_blocks": 2}, "num_res_blocks"),
-        ({"channel_mult": [1, 1]}, "channel_mult"),
-        ({"width": 3}, r"unknown \['width'\]"),
-        ({"dims": 3}, "dims is 3"),
-    ],
-)
-def test_unet_that_does_not_fit_its_flags_names_the_flag(changes, message):
+WRONG_FLAGS = {
+    "num_classes to None": {"num_classes": 4},
+    "out_channels to 3 .*learn_sigma": {"out_channels": 6},
+    "in_channels to 3": {"in_channels": 1, "out_channels": 1},
+    r"model_channels \(num_channels, classifier_width\) to 32": {"model_channels": 64},
+    "use_scale_shift_norm to True": {"use_scale_shift_norm": False},
+    "resblock_updown to False": {"resblock_updown": True},
+    "missing keys .*attention_resolutions": {"attention_resolutions": [1, 2]},
+    "num_res_blocks": {"num_res_blocks": 2},
+    "channel_mult": {"channel_mult": [1, 1]},
+    r"unknown \['width'\]": {"width": 3},
+    "dims is 3": {"dims": 3},
+}
+WRONG_CLASSIFIER_FLAGS = {
+    "out_channels to 5": {"out_channels": 10},
+    "check pool": {"pool": "spatial"},
+    "image_size": {"image_size": 32},
+}
+
+
+def test_weights_that_do_not_fit_their_flags_name_the_flag():
     weights, _ = unet_to_openai(unet())
-    with pytest.raises(ValueError, match=message):
-        unet_from_openai(weights, {**UNET, **changes})
-
-
-def test_class_embedding_without_classes_names_their_number():
+    for message, changes in WRONG_FLAGS.items():
+        with pytest.raises(ValueError, match=message):
+            unet_from_openai(weights, {**UNET, **changes})
+    weights, flags = classifier_to_openai(classifier(num_classes=5))
+    for message, changes in WRONG_CLASSIFIER_FLAGS.items():
+        with pytest.raises(ValueError, match=message):
+            classifier_from_openai(weights, {**flags, **changes})
     weights, _ = unet_to_openai(unet(num_class_embeds=4))
-    with pytest.raises(
-        ValueError, match=r"1 unknown keys \['label_emb.weight'\], 0 missing keys .*set num_classes to 4"
-    ):
+    with pytest.raises(ValueError, match=r"1 unknown keys \['label_emb.weight'\], 0 missing .*set num_classes to 4"):
         unet_from_openai(weights, UNET)
     with pytest.raises(ValueError, match="set num_classes to 4"):
         unet_from_openai(weights, {**UNET, "num_classes": 10})
 
 
-@pytest.mark.parametrize(
-    "changes, message",
-    [
-        ({"out_channels": 10}, "out_channels to 5"),
-        ({"pool": "spatial"}, "check pool"),
-        ({"image_size": 32}, "image_size"),
-    ],
-)
-def test_classifier_that_does_not_fit_its_flags_names_the_flag(changes, message):
-    weights, flags = classifier_to_openai(classifier(num_classes=5))
-    with pytest.raises(ValueError, match=message):
-        classifier_from_openai(weights, {**flags, **changes})
-
-
-@pytest.mark.parametrize(
-    "changes",
-    [
+def test_what_guided_diffusion_lacks_cannot_be_exported():
+    for changes in (
         {"null_class": True, "num_class_embeds": 3},
         {"patch_size": 2},
         {"norm_num_groups": 16},
         {"sample_size": (16, 32)},
-    ],
-    ids=str,
-)
-def test_what_guided_diffusion_lacks_cannot_be_exported(changes):
-    with pytest.raises(ValueError, match="guided-diffusion has no"):
-        unet_to_openai(unet(**changes))
-
-
-def test_attention_pool_without_head_width_cannot_be_exported():
+    ):
+        with pytest.raises(ValueError, match="guided-diffusion has no"):
+            unet_to_openai(unet(**changes))
     with pytest.raises(ValueError, match="needs num_head_channels"):
         classifier_to_openai(classifier(num_head_channels=None))
 
@@ -183,20 +174,97 @@ def test_checkpoint_files_of_both_kinds_hold_the_same(tmp_path):
     torch.save(weights, tmp_path / "model.pt")
     save_file(weights, tmp_path / "model.safetensors")
     for name in ("model.pt", "model.safetensors"):
-        loaded = load_openai_checkpoint(tmp_path / name)
+        loaded = read_openai_checkpoint(tmp_path / name)
         assert all(torch.equal(value, loaded[key]) for key, value in weights.items())
 
 
-def test_files_that_hold_no_weights_are_named(tmp_path):
+class Harm:
+    def __reduce__(self):
+        return (print, ("code of the checkpoint was run",))
+
+
+def test_files_that_hold_no_weights_are_named_and_run_nothing(tmp_path, capsys):
     torch.save({"state": {}, "param_groups": []}, tmp_path / "opt.pt")
-    (tmp_path / "model.npz").touch()
-    for name, message in (
-        ("opt.pt", "not the optimizer"),
-        ("model.npz", "unknown kind"),
-        ("none.pt", "no checkpoint"),
-    ):
+    torch.save([1, 2], tmp_path / "list.pt")
+    torch.save({"a": Harm()}, tmp_path / "harm.pt")
+    (tmp_path / "text.safetensors").write_text("no tensors")
+    for name, message in {
+        "opt.pt": "not the optimizer",
+        "list.pt": "holds a list",
+        "harm.pt": "without running code from it",
+        "text.safetensors": "cannot be read",
+        "none.pt": "there is no file",
+    }.items():
         with pytest.raises(ValueError, match=message):
-            load_openai_checkpoint(tmp_path / name)
+            read_openai_checkpoint(tmp_path / name)
+    assert "was run" not in capsys.readouterr().out
+
+
+# --- hf-diffusion convert --to openai and back
+
+
+def convert(*words) -> int:
+    return cli.main(["convert", *map(str, words)])
+
+
+def same_weights(a: torch.nn.Module, b: torch.nn.Module) -> bool:
+    return all(torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True))
+
+
+@pytest.mark.parametrize(
+    "scheduler",
+    [
+        LinearDDPMScheduler(50, rescale_betas_by_steps=True, variance_type="learned_range"),
+        CosineDDPMScheduler(4000, prediction_type="sample", variance_type="fixed_large"),
+        DDIMEtaScheduler(beta_schedule="squaredcos_cap_v2"),
+    ],
+    ids=lambda scheduler: type(scheduler).__name__,
+)
+def test_a_pipeline_goes_to_openai_s_files_and_comes_back_with_its_weights_and_process(scheduler, tmp_path, capsys):
+    channels = 6 if scheduler.config.variance_type == "learned_range" else 3
+    model = unet(num_class_embeds=4, out_channels=channels)
+    ClassifierFreeGuidancePipeline(model, scheduler).save_pretrained(tmp_path / "ours")
+    assert convert(tmp_path / "ours", tmp_path / "theirs", "--to", "openai") == 0
+    assert sorted(path.name for path in (tmp_path / "theirs").iterdir()) == ["flags.json", "model.pt"]
+    weights, flags = unet_to_openai(model)
+    written = torch.load(tmp_path / "theirs" / "model.pt", weights_only=True)
+    assert written.keys() == weights.keys() and all(torch.equal(written[name], weights[name]) for name in weights)
+    assert json.loads((tmp_path / "theirs" / "flags.json").read_text())["model"] == flags
+
+    theirs = tmp_path / "theirs"
+    assert convert(theirs / "model.pt", tmp_path / "again", "--from", "openai", "--flags", theirs / "flags.json") == 0
+    again = ClassifierFreeGuidancePipeline.from_pretrained(tmp_path / "again")
+    assert same_weights(again.unet, model)
+    torch.testing.assert_close(again.scheduler.alpha_bar, scheduler.alpha_bar, rtol=1e-9, atol=0)
+    for name in ("prediction_type", "variance_type", "num_train_timesteps"):
+        assert again.scheduler.config[name] == scheduler.config[name]
+
+
+def test_a_classifier_goes_to_openai_s_files_and_comes_back(tmp_path, capsys):
+    model, theirs = classifier(num_classes=5), tmp_path / "theirs"
+    model.save_pretrained(tmp_path / "ours")
+    assert convert(tmp_path / "ours", theirs, "--to", "openai") == 0
+    assert convert(theirs / "model.pt", tmp_path / "again", "--from", "openai", "--flags", theirs / "flags.json") == 0
+    assert same_weights(ADMClassifier.from_pretrained(tmp_path / "again"), model)
+
+
+def test_processes_and_flags_that_openai_s_code_lacks_are_refused_and_nothing_is_written(tmp_path, capsys):
+    pipe = ClassifierFreeGuidancePipeline(unet(), LinearDDPMScheduler(prediction_type="v_prediction"))
+    pipe.save_pretrained(tmp_path / "v")
+    (tmp_path / "flags.json").write_text("{}")
+    torch.save({"a": torch.zeros(1)}, tmp_path / "model.pt")
+    out = tmp_path / "out"
+    for words, message in (
+        ((tmp_path / "v", out, "--to", "openai"), "no process with .* 'v_prediction'"),
+        (
+            (tmp_path / "model.pt", out, "--from", "openai", "--flags", tmp_path / "flags.json"),
+            "must be the flags.json",
+        ),
+    ):
+        assert convert(*words) == 1
+        said = capsys.readouterr().err
+        assert re.search(message, said.splitlines()[-1]) and "Traceback" not in said
+    assert not out.exists()
 
 
 ADM = {"class_cond": True, "learn_sigma": True, "resblock_updown": True, "attention_resolutions": "32,16,8"}
@@ -215,7 +283,7 @@ RELEASED = [  # flags of the READMEs and millions of parameters counted in the r
 
 
 def on_meta(build, flags):
-    """The network of the flags without memory for its weights, built from a state dict that it makes itself."""
+    """The network of the flags without memory for its weights."""
     with torch.device("meta"):
         return build({}, flags)
 

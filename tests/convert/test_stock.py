@@ -1,4 +1,4 @@
-"""Pipelines in diffusers' own classes: the same images, or the reason why not; OpenAI's checkpoints by the command."""
+"""Pipelines in diffusers' own classes: the same images, or the reason why not."""
 
 import json
 import os
@@ -23,14 +23,14 @@ from hf_diffusion import (
     LinearDDPMScheduler,
     cli,
 )
-from hf_diffusion.commands.convert import parse_flags
+from hf_diffusion.convert.folders import parse_flags
 from hf_diffusion.convert.openai import unet_to_openai
 from hf_diffusion.convert.stock import pipeline_to_stock
 
 
 SMALL = {
-    "sample_size": 16, "in_channels": 1, "out_channels": 1, "model_channels": 8, "channel_mult": (1, 2, 2), "num_res_blocks": 1,
-    "attention_resolutions": (2, 4), "num_heads": 2, "norm_num_groups": 4,
+    "sample_size": 16, "in_channels": 1, "out_channels": 1, "model_channels": 8, "channel_mult": (1, 2, 2),
+    "num_res_blocks": 1, "attention_resolutions": (2, 4), "num_heads": 2, "norm_num_groups": 4,
 }  # fmt: skip
 CLASSES = {"num_class_embeds": 3, "null_class": True}
 
@@ -150,7 +150,8 @@ folder, target, options = sys.argv[1], sys.argv[2], eval(sys.argv[3])
 pipe = DiffusionPipeline.from_pretrained(folder)
 seeds = [torch.Generator().manual_seed(seed) for seed in range(2)]
 np.save(target, pipe(batch_size=2, num_inference_steps=10, generator=seeds, output_type="np", **options).images)
-assert not [name for name, module in sys.modules.items() if module and name.startswith(("hf_diffusion", "diffusers_modules"))]
+ours = ("hf_diffusion", "diffusers_modules")
+assert not [name for name, module in sys.modules.items() if module and name.startswith(ours)]
 print(type(pipe).__name__, type(pipe).__module__.split(".")[0], type(pipe.unet).__module__.split(".")[0])
 """
 
@@ -215,7 +216,8 @@ def test_the_command_reads_a_checkpoint_of_openai_by_the_flags_of_their_scripts(
     unet = ADMUNet2DModel(**settings, attention_resolutions=(8,), num_heads=4).eval()
     state, _ = unet_to_openai(unet)
     save_file({name: tensor.contiguous() for name, tensor in state.items()}, tmp_path / "model.safetensors")
-    flags = "--image_size 64 --num_channels 32 --num_res_blocks 1 --attention_resolutions 8 --learn_sigma True --noise_schedule cosine"
+    flags = "--image_size 64 --num_channels 32 --num_res_blocks 1 --attention_resolutions 8 --learn_sigma True"
+    flags += " --noise_schedule cosine"
     arguments = ["convert", str(tmp_path / "model.safetensors"), str(tmp_path / "ours"), "--from", "openai", "--flags"]
     assert cli.main([*arguments, flags + " --use_fp16 True"]) == 0
     assert "these flags do not concern it: use_fp16" in capsys.readouterr().out

@@ -1,4 +1,4 @@
-"""Loading from a Hub on loopback while it fails: what is damaged is found, what passes by is waited for, what lasts is one sentence."""
+"""Loading from a Hub that fails: damage is found, what passes is waited for, what lasts is told."""
 
 import logging
 import shutil
@@ -10,12 +10,13 @@ from huggingface_hub import CommitOperationAdd, constants
 
 from hf_diffusion import ClassifierFreeGuidancePipeline, cli
 from hf_diffusion.hub import download
-from tests.pipelines.test_loading import make_pipe
-from tests.test_push import api, lfs, xet_hub  # noqa: F401  (fixtures)
+from tests.hub.test_push import api, lfs, xet_hub  # noqa: F401  (fixtures)
+from tests.pipelines.fresh_process import make_pipe
 
 
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
-# Where the bytes of the weights come from: byte 8 of a safetensors file is the first of its header, the last ones are numbers.
+# Where the bytes of the weights come from: byte 8 of a safetensors file is the first of its header,
+# the last ones are numbers.
 CONTENT = {"lfs": "GET /storage/", "xet": "GET /xet/xorbs/"}
 
 
@@ -26,7 +27,9 @@ def soon(monkeypatch):
 
 @pytest.fixture
 def shared(api, tmp_path, monkeypatch):  # noqa: F811
-    """(repository with a pipeline, its weights, the server, where its weights come from); the cache is empty."""
+    """(repository with a pipeline, its weights, the server, where its weights come from); the cache
+    is empty.
+    """
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
     torch.manual_seed(0)
     pipe = make_pipe(int(torch.randint(1 << 30, ())), classes=True)
@@ -120,7 +123,7 @@ def test_an_outage_that_begins_after_the_index_is_one_sentence_and_not_half_a_pi
     repo, weights, server, where = shared
     outage = {"action": "status", "status": 503, "headers": {"Retry-After": "0"}, "count": -1}
     server.faults.add(match="GET .*/(tree|revision)/|/resolve/.*/(unet|scheduler)/", **outage)
-    missing = f"(unet, scheduler|scheduler, unet) of '{repo}' could not be fetched"  # huggingface_hub before 2 raises at once
+    missing = f"(unet, scheduler|scheduler, unet) of '{repo}' could not be fetched"
     with pytest.raises(OSError, match=f"{missing}|did not get through: the Hub answered 503"):
         load(repo)
     server.faults.clear()

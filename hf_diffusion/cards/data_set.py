@@ -1,4 +1,4 @@
-"""What the card of the training data says of its licence, its biases and its limits, for the card of a model that was trained on it."""
+"""What the card of the training data says of its licence, its biases and its limits."""
 
 import os
 import re
@@ -8,46 +8,54 @@ from typing import Any
 from huggingface_hub import constants, hf_hub_download
 from huggingface_hub.errors import HFValidationError
 
+from hf_diffusion.hub.card_format import parse_card
 from hf_diffusion.hub.errors import bounded_requests, is_transient
-from hf_diffusion.model_card import hub_data_set, parse_card
 
 
 CARD = "README.md"
 ABOUT_LIMITS = re.compile(r"bias|limitation|social impact|sensitive|known (issue|problem)", re.IGNORECASE)
-UNFILLED = re.compile(
-    r"more information needed|needs more information", re.IGNORECASE
-)  # what the Hub's template asks for
-LONGEST_QUOTE = 700  # characters of a section
-# scikit-learn's load_digits is the test half of this data set; its own description tells how the digits came about
+# What the Hub's template asks for.
+UNFILLED = re.compile(r"more information needed|needs more information", re.IGNORECASE)
+# Characters of a section.
+LONGEST_QUOTE = 700
+HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+# scikit-learn's load_digits is the test half of this set, whose description tells how it was made.
 DIGITS = {
     "license": "cc-by-4.0",
     "data_card": "https://archive.ics.uci.edu/dataset/80/optical+recognition+of+handwritten+digits",
     "considerations": [
-        "The digits of this half of the data set were written by 13 people on a preprinted form; other hands and other ways to write a "
-        "digit are missing."
+        "The digits of this half of the data set were written by 13 people on a preprinted form; other hands and "
+        "other ways to write a digit are missing."
     ],
 }
 
 
-def data_set_facts(config: dict[str, Any], cache_dir: str | os.PathLike | None = None) -> dict[str, Any]:
-    """`license`, `data_card` (where it stands) and `considerations` (quotations) of the data that the settings name; {} where nothing is known.
+def data_set_facts(
+    config: dict[str, Any], data: dict[str, Any] | None = None, cache_dir: str | os.PathLike | None = None
+) -> dict[str, Any]:
+    """What is known about the data that the settings name; {} where nothing is.
 
-    Asks the Hub for a data set of the Hub, once and with time limits: a card that cannot be had is no reason not to train.
+    config: all settings of the run. data: `describe()` of the data.
+
+    Returns `license`, `data_card` (where that stands) and `considerations` (quotations). Asks the
+    Hub for a data set of the Hub, once and with time limits: a card that cannot be had is no reason
+    not to train.
     """
     if config.get("dataset_name") == "digits":
         return dict(DIGITS)
-    name, folder = hub_data_set(config), config.get("train_data_dir") or config.get("dataset_name")
+    name, folder = hub_data_set(config, data or {}), config.get("train_data_dir") or config.get("dataset_name")
     try:
         if name is not None:
             with bounded_requests():
                 card = Path(hf_hub_download(name, CARD, repo_type="dataset", cache_dir=cache_dir))
             where = f"{constants.ENDPOINT}/datasets/{name}"
-        elif folder is not None and Path(folder).is_dir() and (Path(folder) / CARD).is_file():
+        elif folder is not None and (Path(folder) / CARD).is_file():
             card, where = Path(folder) / CARD, "the README.md beside the images"
         else:
             return {}
         return {"data_card": where, **facts_of_card(card.read_text(encoding="utf-8", errors="replace"))}
-    except (OSError, ValueError, HFValidationError):  # those of huggingface_hub are OSErrors or ValueErrors
+    # Those of huggingface_hub are OSErrors or ValueErrors.
+    except (OSError, ValueError, HFValidationError):
         return {}
     except Exception as error:
         if is_transient(error):
@@ -55,8 +63,23 @@ def data_set_facts(config: dict[str, Any], cache_dir: str | os.PathLike | None =
         raise
 
 
+def hub_data_set(config: dict[str, Any], data: dict[str, Any]) -> str | None:
+    """The data set's id on the Hub; None for embedded data and for data of one's own.
+
+    config, data: as for `data_set_facts`.
+    """
+    name = config.get("dataset_name")
+    if not isinstance(name, str) or not HUB_ID.fullmatch(name) or name == "digits" or Path(name).exists():
+        return None
+    # The Hub's first sets of images have no owner; points of such a name are computed here.
+    return name if "/" in name or data.get("kind", "images") == "images" else None
+
+
 def facts_of_card(text: str) -> dict[str, Any]:
-    """The licence and the sections on biases and limits of a data set's card, as plain text; ValueError for damaged metadata."""
+    """The licence and the sections on biases and limits of a data set's card, as plain text.
+
+    ValueError for damaged metadata.
+    """
     metadata, body = parse_card(text, "the card of the data")
     license = metadata.get("license")
     facts: dict[str, Any] = {}

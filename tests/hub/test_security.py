@@ -1,6 +1,7 @@
-"""Repositories that mean harm: nothing of them is run where nobody asked for it, and nothing outside their folder is read or written.
+"""Repositories that mean harm: nothing is run unasked, and nothing outside is read or written.
 
-One fresh process, in which the package is installed, tries to load them all; each would leave a trace if anything of it ran.
+One fresh process, in which the package is installed, tries to load them all; each would leave a
+trace if anything of it ran.
 """
 
 import json
@@ -12,7 +13,7 @@ import pytest
 import torch
 
 from hf_diffusion import ClassifierFreeGuidancePipeline
-from tests.pipelines.test_loading import image, make_pipe, run_child
+from tests.pipelines.fresh_process import image, make_pipe, run_child
 
 
 CHILD = """
@@ -28,7 +29,8 @@ for name in json.loads(os.environ["POISONED"]):
     files = [f for f in sorted((work / name).rglob("*")) if f.is_file()]
     repo = "alice/" + name.replace(",", "").replace(" ", "-")
     HfApi().create_repo(repo)
-    HfApi().create_commit(repo, [CommitOperationAdd(str(f.relative_to(work / name)), f) for f in files], commit_message=name)
+    operations = [CommitOperationAdd(str(f.relative_to(work / name)), f) for f in files]
+    HfApi().create_commit(repo, operations, commit_message=name)
     attempt(f"{name}, folder", lambda: Pipeline.from_pretrained(work / name))
     attempt(f"{name}, hub", lambda: Pipeline.from_pretrained(repo))
     attempt(f"{name}, any class", lambda: load_pipeline(work / name))

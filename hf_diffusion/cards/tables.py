@@ -16,19 +16,44 @@ NOT_IN_TABLES = (
     "energy",
     "data_card",
     "considerations",
+    # In the sentence below the title.
+    "kind",
 )
 JOULES_A_KWH = 3.6e6
 
 
+def kind_of(data: dict[str, Any]) -> str:
+    """The kind of data in the plural, such as images or points; data that do not say are images."""
+    return data.get("kind", "images")
+
+
+def words_of(data: dict[str, Any]) -> tuple[str, str]:
+    """What the samples are called: many of them, and one."""
+    things = kind_of(data)
+    return things, things.removesuffix("s")
+
+
 def summary_of(kind: str, data: dict[str, Any], training: dict[str, Any]) -> str:
-    text = f"A {kind}"
-    if data.get("size"):
-        text += f" of {'x'.join(map(str, data['size']))}" + ("" if kind.endswith("images") else " images")
+    """The sentence below the title: model, size of a sample, parameters, data and steps."""
+    text = f"A {kind}{_size(kind, data)}"
     if training.get("parameters"):
         text += f" with {_readable_count(training['parameters'])} parameters"
     text += ", trained with hf_diffusion"
     text += f" on {data['name']}" if data.get("name") else ""
     return text + (f" for {training['steps']:,} steps." if training.get("steps") else ".")
+
+
+def _size(kind: str, data: dict[str, Any]) -> str:
+    """ " of 28x28 images", " of points of 2 numbers"; a kind of model that names its data is not
+    told twice.
+    """
+    things = kind_of(data)
+    named = "" if kind.endswith(things) else f" {things}"
+    if data.get("size"):
+        return f" of {'x'.join(map(str, data['size']))}{named}"
+    shape = data.get("sample_shape") or ()
+    size = f" of {shape[0]} numbers" if len(shape) == 1 else f" of shape {'x'.join(map(str, shape))}" if shape else ""
+    return f" of{named}{size}" if named and "kind" in data else size
 
 
 def tables_of(data: dict[str, Any], training: dict[str, Any]) -> list[tuple[str, list[tuple[str, str]]]]:

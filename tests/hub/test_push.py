@@ -1,8 +1,7 @@
-"""Pushing to a Hub on loopback with the real client, faults included: what arrives, what stays, and what never leaves."""
+"""Pushing to a Hub on loopback, faults included: what arrives, what stays, what never leaves."""
 
 import json
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -16,27 +15,25 @@ from safetensors.torch import save_file
 from hf_diffusion import cli
 from hf_diffusion.hub import errors as push_errors
 from hf_diffusion.hub import outbox
-from hf_diffusion.hub.card_merge import merge_cards, name_repository
 from hf_diffusion.hub.errors import PushError
 from hf_diffusion.hub.files import pushable_files
 from hf_diffusion.hub.push import Patience, Push, check_write_access, push
-from hf_diffusion.model_card import END, START
+from tests.hub.sending import sender
+from tests.hub.test_card_format import card
+from tests.hub_server import HubServer
 
 
 SOON = Patience(deadline=20, first_wait=0.05, longest_wait=0.2)
 SHARED = {
-    "README.md", "config.yaml", "metrics.json", "loss_curve.png", "model_index.json", "pipeline_x.py", "samples/ema-00000009.png",
-    "unet/config.json", "unet/unet_adm.py", "unet/diffusion_pytorch_model.safetensors", "scheduler/scheduler_config.json",
+    "README.md", "config.yaml", "metrics.json", "loss_curve.png", "model_index.json", "pipeline_x.py",
+    "samples/ema-00000009.png", "unet/config.json", "unet/unet_adm.py", "unet/diffusion_pytorch_model.safetensors",
+    "scheduler/scheduler_config.json",
 }  # fmt: skip
 NOT_SHARED = (
-    "metrics.jsonl", "logs/events.out.tfevents.1", "checkpoint-00000009/optimizer.bin", "checkpoint-00000009/random_states_0.pkl",
-    "checkpoint-00000009/model.safetensors", "samples/ema-00000005.png", "outbox/push.log", "unet/optimizer.pt",
-    "unet/pytorch_model.bin", "notes.txt", ".env", "other/config.json",
+    "metrics.jsonl", "logs/events.out.tfevents.1", "checkpoint-00000009/optimizer.bin",
+    "checkpoint-00000009/random_states_0.pkl", "checkpoint-00000009/model.safetensors", "samples/ema-00000005.png",
+    "outbox/push.log", "unet/optimizer.pt", "unet/pytorch_model.bin", "notes.txt", ".env", "other/config.json",
 )  # fmt: skip
-
-
-def card(body: str, before: str = "", after: str = "") -> str:
-    return f"---\nlibrary_name: diffusers\ntags:\n- hf_diffusion\n---\n{before}{START}\n{body}\n{END}\n{after}"
 
 
 @pytest.fixture
@@ -55,9 +52,6 @@ def folder(tmp_path) -> Path:
 
 @pytest.fixture(scope="session")
 def xet_hub(tmp_path_factory):
-    sys.path.insert(0, str(Path(__file__).parent))  # hub_xet imports its neighbour by the short name
-    from hub_server import HubServer
-
     with HubServer(tmp_path_factory.mktemp("xet_hub"), xet=True) as server:
         yield server
 
@@ -116,7 +110,7 @@ def write_to_hub(api, repo, **files: str) -> None:
     api.create_commit(repo, operations, commit_message="by hand")
 
 
-# --- what arrives ----------------------------------------------------------------------------------------------------------
+# --- what arrives ---
 
 
 def test_a_push_is_one_commit_of_exactly_what_is_shared_private_and_tagged(api, repo, folder, tmp_path):
@@ -178,7 +172,8 @@ def status(code: int, **more) -> dict:
     return {"action": "status", "status": code, "headers": {"Retry-After": "0"}, **more}
 
 
-# What stands between the first question and the commit differs between the two ways of sending large files.
+# What stands between the first question and the commit differs between the two ways of sending
+# large files.
 UPLOADS = {
     "lfs": {
         "how to send, answered 500": {"match": "POST .*/preupload/", **status(500)},
@@ -228,7 +223,16 @@ def test_a_request_that_stalls_is_given_up_and_tried_again(lfs, repo, folder, mo
     assert commits(lfs, repo) == 1
 
 
-# In a process of its own, as in training: what has stalled in hf_xet holds up every later upload of its process.
+def test_the_process_that_sends_imports_no_torch(tmp_path):
+    code = outbox.CHILD.replace(
+        "sys.exit(", "print([m for m in ('torch._C', 'diffusers.utils', 'accelerate') if m in sys.modules])\nsys.exit("
+    )
+    command = [sys.executable, "-c", code, str(Path(outbox.__file__).parents[2]), str(tmp_path)]
+    assert subprocess.run(command, capture_output=True, text=True, check=True).stdout == "[]\n"
+
+
+# In a process of its own, as in training: what has stalled in hf_xet holds up every later upload of
+# its process.
 IMPATIENT = outbox.CHILD.replace(
     "from hf_diffusion.hub.outbox",
     "from hf_diffusion.hub import errors\nerrors.UPLOAD_TIME = 1.5\nfrom hf_diffusion.hub.outbox",
@@ -244,7 +248,7 @@ def test_an_upload_that_stalls_by_xet_is_given_up_and_goes_by_lfs(
     weights.write_bytes(os.urandom(50_000))
     queued("one", "step-1")
     xet_hub.faults.add(match=where, action="delay", seconds=3600)
-    command = [sys.executable, "-c", IMPATIENT, str(Path(outbox.__file__).parents[1]), str(folder)]
+    command = [sys.executable, "-c", IMPATIENT, str(Path(outbox.__file__).parents[2]), str(folder)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0 and f"pushed to {api.endpoint}/{repo}" in done.stdout, done.stderr
     assert xet_hub.faults.rules[0].count == 0 and commits(api, repo) == 1 and outbox.pending(folder) == []
@@ -301,7 +305,7 @@ def test_a_commit_that_came_first_is_read_and_kept(api, repo, folder, tmp_path, 
     assert len(seen) == 2 and there["extra"] == b"theirs" and b"Read me first." in there["README.md"]
 
 
-# --- what stays ------------------------------------------------------------------------------------------------------------
+# --- what stays ---
 
 
 def test_shards_of_an_earlier_push_go_and_files_of_people_stay(lfs, repo, folder):
@@ -377,6 +381,17 @@ def test_a_text_with_a_token_is_not_shared(folder):
         pushable_files(folder)
 
 
+def test_the_tables_of_a_tokenizer_are_shared_and_pickles_are_not(folder):
+    index = json.loads((folder / "model_index.json").read_text())
+    (folder / "model_index.json").write_text(json.dumps({**index, "tokenizer": ["transformers", "T5TokenizerFast"]}))
+    files = ("spiece.model", "tokenizer.json", "merges.txt", "vocab.bin", "vocab.pkl")
+    (folder / "tokenizer").mkdir()
+    for name in files:
+        (folder / "tokenizer" / name).write_bytes(b"\x0a\x0e\xff")
+    shared = {name for name in pushable_files(folder) if name.startswith("tokenizer/")}
+    assert shared == {"tokenizer/spiece.model", "tokenizer/tokenizer.json", "tokenizer/merges.txt"}
+
+
 def test_an_index_cannot_reach_for_files_outside_of_its_folder(folder):
     (folder.parent / "secret").mkdir()
     (folder.parent / "secret" / "keys.json").write_text("{}")
@@ -386,33 +401,7 @@ def test_an_index_cannot_reach_for_files_outside_of_its_folder(folder):
     assert not [name for name in pushable_files(folder) if "secret" in name or "etc" in name]
 
 
-# --- cards -----------------------------------------------------------------------------------------------------------------
-
-
-def test_merging_keeps_the_text_of_both_and_changes_nothing_the_second_time():
-    mine = card("new", after="mine\n")
-    theirs = "---\nlicense: mit\ntags:\n- art\n---\nIntro.\n" + card("old", after="\ntheirs\n").split("---\n", 2)[2]
-    merged = merge_cards(theirs, mine)
-    assert (
-        all(text in merged for text in ("Intro.", "theirs", "mine", "license: mit", "- art", "new"))
-        and "old" not in merged
-    )
-    assert merge_cards(merged, mine) == merged
-    assert merge_cards("Only text.", mine).index("Only text.") < merge_cards("Only text.", mine).index("new")
-
-
-def test_examples_of_the_card_name_the_repository_and_the_tag():
-    example = 'X.from_pretrained(\n    "run",  # this folder\n    trust_remote_code=True,\n)\nX.from_pretrained("run")'
-    named = name_repository(card(example), "alice/run", "v1")
-    assert '    "alice/run",\n    revision="v1",\n' in named
-    assert 'from_pretrained("alice/run", revision="v1")' in named
-    assert name_repository(named, "alice/run", None) == named
-    other = name_repository(named, "bob/other", None)
-    assert "alice" not in other and "v1" not in other and 'revision="main",  # better the hash' in other
-    assert name_repository(other, "alice/run", "v1") == named
-
-
-# --- the outbox ------------------------------------------------------------------------------------------------------------
+# --- the outbox ---
 
 
 @pytest.fixture
@@ -454,9 +443,11 @@ def test_an_entry_that_could_not_be_filled_is_none(folder, queued, repo):
     assert [entry.name for entry in outbox.pending(folder)] == ["000003-step-2", "000004-step-3"]
 
 
-# Every request of a push, in their order: a process that is killed while it waits for the answer was killed at that moment.
+# Every request of a push, in their order: a process that is killed while it waits for the answer
+# was killed at that moment.
 UNTIL_THE_COMMIT = [
-    "POST /api/repos/create", "GET /api/models/[^/]+/[^/? ]+$", "GET .*/tree/", "GET .*/resolve/.*README", "validate-yaml", "preupload",
+    "POST /api/repos/create", "GET /api/models/[^/]+/[^/? ]+$", "GET .*/tree/", "GET .*/resolve/.*README",
+    "validate-yaml", "preupload",
 ]  # fmt: skip
 AFTER_IT = ["paths-info", "GET .*/refs", "POST .*/tag/"]
 BY_LFS = ["objects/batch", "PUT /storage/", COMMIT]
@@ -477,13 +468,13 @@ def test_a_kill_while_pushing_leaves_the_old_or_the_new_revision_and_the_queue(
     new = {"text": b"one", "unet/weights.safetensors": weights.read_bytes()}
 
     api.server.faults.add(match=where, action="delay", seconds=3600)
-    sender = outbox.start_sending(folder)
+    process = sender(folder, api, by_xet=api.server.xet)
     deadline = time.monotonic() + 60
-    while api.server.faults.rules[0].count and time.monotonic() < deadline:
-        time.sleep(0.05)
-    assert api.server.faults.rules[0].count == 0, (folder / "outbox/push.log").read_text()
-    sender.send_signal(signal.SIGKILL)
-    sender.wait()
+    while api.server.faults.rules[0].count and process.is_alive() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert api.server.faults.rules[0].count == 0, "the moment to kill it never came"
+    process.kill()
+    process.join()
 
     api.server.faults.clear()
     found, is_new = contents(api, repo, tmp_path), where in AFTER_IT
@@ -505,7 +496,7 @@ def test_only_one_process_sends(lfs, folder, queued):
         list(outbox.push_pending(folder, lfs, SOON))
 
 
-# --- the command -----------------------------------------------------------------------------------------------------------
+# --- the command ---
 
 
 def test_the_command_pushes_a_folder_whose_card_names_the_repository(lfs, repo, folder, tmp_path, capsys):
@@ -517,17 +508,18 @@ def test_the_command_pushes_a_folder_whose_card_names_the_repository(lfs, repo, 
     assert lfs.model_info(repo).private
 
 
-@pytest.mark.parametrize(
-    "arguments, status, message",
-    [
+def test_wrong_use_is_one_sentence(capsys):
+    for arguments, status, message in (
         (["push"], 2, "give the folder and the repository"),
         (["push", "/nowhere", "alice/x"], 1, "/nowhere is not a folder"),
         (["push", "--pending", "/nowhere"], 1, "there is no folder /nowhere"),
-    ],
-)
-def test_wrong_use_is_one_sentence(capsys, arguments, status, message):
-    assert cli.main(arguments) == status
-    assert message in capsys.readouterr().err
+    ):
+        try:
+            ended = cli.main(arguments)
+        except SystemExit as stopped:
+            ended = stopped.code
+        said = capsys.readouterr().err
+        assert ended == status and message in said and said.count("\n") == 1, said
 
 
 def test_without_a_token_the_command_says_how_to_get_one(lfs, folder, monkeypatch, capsys, tmp_path):

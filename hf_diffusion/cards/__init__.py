@@ -1,0 +1,1 @@
+"""The model card of a run: what is known about it, laid out by model_cards/template.md."""
