@@ -1,44 +1,57 @@
 """`hf-diffusion push`: share a folder on the Hub, or send what a training run could not push."""
 
-import argparse
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+from hf_diffusion.commands.command import Command
+from hf_diffusion.config.options import UsageError, option
 
 
-def add_push_parser(commands: argparse._SubParsersAction) -> None:
-    """Add `push`."""
-    push = commands.add_parser(
-        "push", allow_abbrev=False, help="share a saved pipeline on the Hub",
-        description="Push weights, code, card, pictures and settings of a folder as one commit. The token is that of "
-        "`hf auth login`, or HF_TOKEN. With --pending, send what a training run has left in its outbox.",
-    )  # fmt: skip
-    add = push.add_argument
-    add("folder", type=Path, nargs="?", help="folder of a saved pipeline or model")
-    add("repo_id", nargs="?", help="repository on the Hub, user/name; created if there is none")
-    add("--pending", type=Path, metavar="OUTPUT_DIR", help="output folder of a training run")
-    add("--public", action="store_true", help="let everybody see the repository, if this push creates it")
-    add("--message", default="Push with hf-diffusion", help="message of the commit")
-    add("--tag", help="tag of the commit, for `revision=`; a tag that exists is never moved")
-    add("--traceback", action="store_true", help="on an error, show where in the code it arose")
-    push.set_defaults(run=push_command)
+if TYPE_CHECKING:
+    from hf_diffusion.hub.push import Pushed
 
 
-def push_command(args: argparse.Namespace) -> None:
-    """`hf-diffusion push`."""
-    from hf_diffusion.cli import UsageError
+@dataclass(frozen=True, kw_only=True)
+class PushCommand(Command):
+    """Share a saved pipeline on the Hub.
 
-    if args.pending is not None:
-        if args.folder is not None:
+    Weights, code, card, pictures and settings of a folder become one commit. The token is that of
+    `hf auth login`, or HF_TOKEN. With --pending, send what a training run has left in its outbox.
+    """
+
+    folder: Path | None = option(None, "folder of a saved pipeline or model", positional=True)
+    repo_id: str | None = option(None, "repository on the Hub, user/name; created if there is none", positional=True)
+    pending: Path | None = option(
+        None, "output folder of a training run, instead of folder and repository", group="push"
+    )
+    # Publishing cannot be undone.
+    public: bool = option(False, "let everybody see the repository, if this push creates it")
+    message: str = option("Push with hf-diffusion", "message of the commit")
+    tag: str | None = option(None, "tag of the commit, for `revision=`; a tag that exists is never moved")
+
+    def validate(self) -> None:
+        """ValueError unless it is clear what to push."""
+        if self.pending is not None and self.folder is not None:
             raise UsageError("--pending takes what is pushed from the outbox; leave out the folder and the repository")
-        push_outbox(args.pending)
-    elif args.repo_id is None:
-        raise UsageError("give the folder and the repository, or --pending OUTPUT_DIR")
-    else:
-        push_folder(args.folder, args.repo_id, args.message, args.tag, private=not args.public)
+        if self.pending is None and self.repo_id is None:
+            raise UsageError("give the folder and the repository, or --pending OUTPUT_DIR")
+
+    def run(self) -> None:
+        """Push, and print where it arrived."""
+        if self.pending is not None:
+            push_outbox(self.pending)
+        else:
+            push_folder(self.folder, self.repo_id, self.message, self.tag, private=not self.public)
 
 
 def push_outbox(output_dir: Path) -> None:
-    """Send the outbox of a training run; prints where each entry arrived. Raises PushError at the first that does not."""
+    """Send the outbox of a training run, and print where each entry arrived.
+
+    Raises PushError at the first that does not.
+    """
+    # The Hub's client takes a second, and --help comes past here without running anything.
     from hf_diffusion.hub.outbox import pending, push_pending
 
     if not output_dir.is_dir():
@@ -55,6 +68,7 @@ def push_outbox(output_dir: Path) -> None:
 
 def push_folder(folder: Path, repo_id: str, message: str, tag: str | None, private: bool) -> None:
     """Push a saved pipeline or model, with its card's examples naming the repository."""
+    # As above.
     from hf_diffusion.hub.card_merge import name_repository
     from hf_diffusion.hub.files import pushable_files
     from hf_diffusion.hub.push import CARD, Push, check_write_access, push
@@ -71,6 +85,6 @@ def push_folder(folder: Path, repo_id: str, message: str, tag: str | None, priva
         print(f"{folder} has no {CARD}: the model is there without a card")
 
 
-def say_where(pushed) -> None:
+def say_where(pushed: "Pushed") -> None:
     """Print where a push arrived and what the user should know about it."""
     print(f"pushed to {pushed.url}, commit {pushed.commit[:12]}", *pushed.notes, sep="\n  ", flush=True)

@@ -1,0 +1,1 @@
+"""The one place that draws from a saved pipeline: options, loading, drawing, interpolation."""

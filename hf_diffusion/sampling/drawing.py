@@ -1,0 +1,150 @@
+"""The one place that calls a pipeline to draw: one seed a sample, finite values.
+
+Letters: B samples, H x W pixels of C channels.
+"""
+
+import inspect
+import typing
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import DiffusionPipeline
+from torch import Tensor
+
+from hf_diffusion.config.coercion import coerce
+from hf_diffusion.config.options import UsageError
+from hf_diffusion.data.pixels import from_unit_range
+from hf_diffusion.sampling.options import CALL_OPTIONS, SamplingOptions
+
+
+def draw(
+    pipeline: DiffusionPipeline,
+    seeds: Sequence[int],
+    labels: Sequence[int] | None,
+    progress: str | None = None,
+    **options,
+) -> np.ndarray:
+    """One sample for each seed, of the class at its place in `labels`.
+
+    progress: what the pipeline's progress bar says; None shows none.
+    options: arguments of the pipeline's call, see `check_call`.
+
+    Returns uint8 (B, H, W, C) for images and float32 (B, ...) for anything else. ValueError names
+    the seeds whose samples are not finite.
+    """
+    samples = draw_floats(pipeline, seeds, labels, progress, **options)
+    return from_unit_range(samples) if samples.ndim == 4 else samples
+
+
+def draw_floats(
+    pipeline: DiffusionPipeline,
+    seeds: Sequence[int],
+    labels: Sequence[int] | None,
+    progress: str | None = None,
+    **options,
+) -> np.ndarray:
+    """As `draw`, but float32 as the pipeline returns it: images (B, H, W, C) lie in [0, 1]."""
+    what = {"batch_size": len(seeds)} if labels is None else {"class_labels": [int(label) for label in labels]}
+    if "output_type" in inspect.signature(pipeline.__call__).parameters:
+        what["output_type"] = "np"
+    # On the CPU, so that a seed means the same noise on every device.
+    generators = [torch.Generator().manual_seed(int(seed)) for seed in seeds]
+    former = getattr(pipeline, "_progress_bar_config", {})
+    pipeline.set_progress_bar_config(disable=progress is None, desc=progress)
+    try:
+        samples = pipeline(**what, generator=generators, **options)[0]
+    finally:
+        pipeline._progress_bar_config = former
+    samples = samples.float().cpu() if isinstance(samples, Tensor) else samples
+    samples = np.asarray(samples, dtype=np.float32)
+    finite = np.isfinite(samples).reshape(len(samples), -1).all(axis=1)
+    if not finite.all():
+        bad = [int(seed) for seed, good in zip(seeds, finite) if not good]
+        raise ValueError(
+            f"the pipeline gives NaN or infinity for {len(bad)} of {len(samples)} samples (seeds {bad[:5]}, options "
+            f"{options}); sample in float32, or look at the weights"
+        )
+    return samples
+
+
+def draw_in_batches(
+    pipeline: DiffusionPipeline, seeds: Sequence[int], labels: Sequence[int] | None, batch_size: int, **options
+) -> np.ndarray:
+    """As `draw`, `batch_size` samples at a time, each batch with a progress bar."""
+    batches = []
+    for start in range(0, len(seeds), batch_size):
+        rows = slice(start, start + batch_size)
+        progress = f"samples {start + 1}-{start + len(seeds[rows])} of {len(seeds)}"
+        batches.append(draw(pipeline, seeds[rows], None if labels is None else labels[rows], progress, **options))
+    return np.concatenate(batches)
+
+
+def sampling_options(pipeline: DiffusionPipeline) -> tuple[str, ...]:
+    """The arguments of a pipeline's call that say how to sample.
+
+    A pipeline that has no such attribute takes those of CALL_OPTIONS that are in its signature.
+    """
+    accepted = inspect.signature(pipeline.__call__).parameters
+    return getattr(pipeline, "sampling_options", tuple(name for name in CALL_OPTIONS if name in accepted))
+
+
+def check_call(pipeline: DiffusionPipeline, labelled: bool, options: dict[str, Any]) -> None:
+    """UsageError for options that the pipeline does not take.
+
+    UsageError, too, for a pipeline that needs more than noise and classes.
+    """
+    accepted, name = inspect.signature(pipeline.__call__).parameters, type(pipeline).__name__
+    taken = sampling_options(pipeline)
+    for option in options:
+        if option not in taken:
+            known = f"it takes {', '.join(taken)}" if taken else "it takes no options"
+            raise UsageError(f"--{option}: {name} does not take it; leave it out, {known}")
+    if labelled and "class_labels" not in accepted:
+        raise UsageError(f"{name} has no classes; leave the labels out")
+    if "generator" not in accepted or ("batch_size" not in accepted and not labelled):
+        raise UsageError(f"{name} does not sample from noise or classes alone; call it from Python")
+
+
+def call_options(pipeline: DiffusionPipeline, options: SamplingOptions) -> dict[str, Any]:
+    """The arguments of the pipeline's call that the user gives, those of `--set` included.
+
+    UsageError for a value that the annotation in the pipeline's signature does not take.
+    """
+    given, hints = options.of_call(), typing.get_type_hints(type(pipeline).__call__)
+    for text in options.set_:
+        name, equals, value = text.partition("=")
+        if not equals or name not in sampling_options(pipeline):
+            known = ", ".join(sampling_options(pipeline))
+            raise UsageError(
+                f"--set {text}: write NAME=VALUE, with NAME one of those of {type(pipeline).__name__}: {known}"
+            )
+        try:
+            given[name] = coerce(value, hints[name], f"--set {name}")
+        except ValueError as error:
+            raise UsageError(str(error)) from None
+    return given
+
+
+def choose_labels(pipeline: DiffusionPipeline, class_labels: str = "auto") -> list[int] | None:
+    """The classes that `--class_labels` asks for; None for samples without a class.
+
+    class_labels: numbers or names separated by commas, "all" or "auto" for every class, or "none".
+
+    UsageError for a class that the pipeline does not have.
+    """
+    num_classes = getattr(pipeline, "num_classes", None)
+    if class_labels == "none" or (num_classes is None and class_labels == "auto"):
+        return None
+    if num_classes is None:
+        raise UsageError(f"--class_labels {class_labels}: this pipeline has no classes; leave it out")
+    if class_labels in ("auto", "all"):
+        return list(range(num_classes))
+    # Digits may be names: class 3 of the digits is called "3".
+    names = set((getattr(pipeline, "id2label", None) or {}).values())
+    words = [word.strip() for word in class_labels.split(",")]
+    try:
+        return pipeline.get_label_ids([int(w) if w.isdecimal() and w not in names else w for w in words])
+    except ValueError as error:
+        raise UsageError(f"--class_labels {class_labels}: {error}") from None

@@ -1,0 +1,102 @@
+"""A pipeline as the user wants it: its scheduler, precision, device, guiding classifier."""
+
+import inspect
+
+import torch
+from diffusers import (
+    DiffusionPipeline,
+    DPMSolverMultistepScheduler,
+    EulerDiscreteScheduler,
+    SchedulerMixin,
+    UniPCMultistepScheduler,
+)
+
+from hf_diffusion.config.options import UsageError
+from hf_diffusion.hub.loading import load_pipeline
+from hf_diffusion.models.unet_adm import ADMClassifier
+from hf_diffusion.pipelines.pipeline_classifier_guidance import ClassifierGuidancePipeline
+from hf_diffusion.sampling.options import SamplingOptions
+from hf_diffusion.schedulers.scheduling_gaussian import DDIMEtaScheduler, LinearDDPMScheduler
+
+
+# Each takes over the process from the configuration of a compatible one.
+SCHEDULERS = {
+    "ddim": DDIMEtaScheduler,
+    "ddpm": LinearDDPMScheduler,
+    "dpm++": DPMSolverMultistepScheduler,
+    "unipc": UniPCMultistepScheduler,
+    "euler": EulerDiscreteScheduler,
+}
+DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def load_for_sampling(options: SamplingOptions) -> DiffusionPipeline:
+    """The pipeline with all that the options name."""
+    pipeline = load_pipeline(
+        options.pipeline,
+        trust_remote_code=options.trust_remote_code,
+        dtype=DTYPES[options.dtype],
+        verify=options.verify,
+        **options.where(),
+    )
+    pipeline.scheduler = replace_scheduler(pipeline.scheduler, options.scheduler, options.timestep_spacing)
+    if options.guide_by is not None:
+        pipeline = guided_by(pipeline, options.guide_by)
+    return pipeline.to(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+
+def replace_scheduler(
+    scheduler: SchedulerMixin, name: str | None = None, timestep_spacing: str | None = None
+) -> SchedulerMixin:
+    """A scheduler of the same process, of a class of SCHEDULERS and with this spacing.
+
+    None keeps what is there. UsageError where the class cannot take over the process, or knows no
+    spacing.
+    """
+    if name is None and timestep_spacing is None:
+        return scheduler
+    if name is not None and name not in SCHEDULERS:
+        raise UsageError(f"--scheduler {name}: there is no such scheduler; choose from {', '.join(SCHEDULERS)}")
+    cls = type(scheduler) if name is None else SCHEDULERS[name]
+    if not can_take_over(cls, type(scheduler)):
+        fitting = [word for word, other in SCHEDULERS.items() if can_take_over(other, type(scheduler))]
+        raise UsageError(
+            f"--scheduler {name}: the process of this pipeline's {type(scheduler).__name__} is not one that "
+            f"{cls.__name__} can sample; {'choose from ' + ', '.join(fitting) if fitting else 'leave it out'}"
+        )
+    if timestep_spacing is not None and "timestep_spacing" not in inspect.signature(cls.__init__).parameters:
+        raise UsageError(f"--timestep_spacing {timestep_spacing}: {cls.__name__} has no spacing; leave it out")
+    changes = {} if timestep_spacing is None else {"timestep_spacing": timestep_spacing}
+    return cls.from_config(scheduler.config, **changes)
+
+
+def can_take_over(cls: type[SchedulerMixin], former: type[SchedulerMixin]) -> bool:
+    """Whether a scheduler class samples the process that the configuration of another describes.
+
+    So it is where the two have a base class of their own, or where one names the other as
+    compatible. A class that names no other has a process of its own. It may be named all the same:
+    diffusers' EDMEulerScheduler is, by schedulers that would replace its noise levels by betas of
+    their own.
+    """
+    bases = set(cls.__mro__) & set(former.__mro__) - set(SchedulerMixin.__mro__)
+    if any(issubclass(base, SchedulerMixin) for base in bases):
+        return True
+    names = former.__name__ in cls._compatibles or cls.__name__ in former._compatibles
+    return names and bool(former._compatibles)
+
+
+def guided_by(pipeline: DiffusionPipeline, classifier: str) -> ClassifierGuidancePipeline:
+    """A class-conditional pipeline, guided by a saved classifier of noisy images instead."""
+    unet, scheduler = getattr(pipeline, "unet", None), pipeline.scheduler
+    if unet is None:
+        name = type(pipeline).__name__
+        raise UsageError(f"--guide_by: a {name} has no U-Net that a classifier could guide; leave it out")
+    if not can_take_over(DDIMEtaScheduler, type(scheduler)):
+        name = type(scheduler).__name__
+        raise UsageError(f"--guide_by: a classifier guides a Gaussian process, not that of {name}; leave it out")
+    return ClassifierGuidancePipeline(
+        unet=unet,
+        classifier=ADMClassifier.from_pretrained(classifier, dtype=unet.dtype),
+        scheduler=scheduler,
+        id2label=getattr(pipeline, "id2label", None),
+    )

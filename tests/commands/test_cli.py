@@ -1,0 +1,84 @@
+"""The `hf-diffusion` command itself: help, exit status, what it loads before a command runs."""
+
+import pytest
+
+import hf_diffusion
+from hf_diffusion.cli import COMMANDS, main
+from tests.launching import run_claims
+
+
+# Measured by what is loaded, since clocks are noisy. Each entry is (exit status, what was said,
+# heavy modules by now).
+CHILD = """
+import io, sys
+from contextlib import redirect_stderr, redirect_stdout
+from hf_diffusion.cli import COMMANDS, main
+
+HEAVY = "torch numpy diffusers transformers accelerate huggingface_hub PIL datasets matplotlib".split()
+
+def end(*words):
+    said = io.StringIO()
+    try:
+        with redirect_stdout(said), redirect_stderr(said):
+            main(words)
+    except SystemExit as stopped:
+        return stopped.code, said.getvalue(), [name for name in HEAVY if name in sys.modules]
+
+claims["--help"], claims["--version"] = end("--help"), end("--version")
+claims["none"], claims["unknown"] = end(), end("trian")
+claims["wrong flag"] = end("sample", "folder", "--num_image", "3")
+claims["wrong value"] = end("sample", "folder", "--num_images", "many")
+for name in COMMANDS:
+    claims[name] = end(name, "--help")
+"""
+
+
+@pytest.fixture(scope="module")
+def claims():
+    return run_claims(CHILD)
+
+
+def test_nothing_heavy_is_loaded_before_a_command_runs(claims):
+    assert len(claims) == 6 + len(COMMANDS)
+    assert {what: heavy for what, (_, _, heavy) in claims.items() if heavy} == {}
+
+
+def test_help_lists_the_commands_and_each_has_a_help_of_its_own_with_defaults(claims):
+    status, said, _ = claims["--help"]
+    assert status == 0
+    for name, command in COMMANDS.items():
+        assert f"    {name}" in said and command.__doc__.splitlines()[0].strip() in " ".join(said.split())
+        status, own, _ = claims[name]
+        assert status == 0 and own.startswith(f"usage: hf-diffusion {name} ") and "(default: " in own
+        assert "--config FILE" in own and "--traceback" in own
+
+
+def test_version_is_that_of_the_package(claims):
+    assert claims["--version"][:2] == [0, f"hf_diffusion {hf_diffusion.__version__}\n"]
+
+
+def test_a_wrong_command_line_is_one_sentence_and_status_2(claims):
+    sentences = {
+        "none": "hf-diffusion: the following arguments are required: command",
+        "unknown": "invalid choice: 'trian' (choose from ",
+        "wrong flag": "hf-diffusion sample: unknown flag --num_image; did you mean --num_images?",
+        "wrong value": "hf-diffusion sample: --num_images: got 'many'; allowed: a whole number or none",
+    }
+    for what, sentence in sentences.items():
+        status, said, _ = claims[what]
+        assert status == 2 and sentence in said and said.count("\n") == 1, said
+
+
+def test_the_traceback_is_shown_on_request(folders):
+    assert main(["sample", str(folders)]) == 1
+    with pytest.raises(ValueError, match="holds no pipeline"):
+        main(["sample", str(folders), "--traceback"])
+
+
+def test_an_interrupted_command_ends_with_status_130(monkeypatch, capsys):
+    def interrupted(self):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(COMMANDS["info"], "run", interrupted)
+    assert main(["info", "folder"]) == 130
+    assert capsys.readouterr().err == "hf-diffusion: interrupted\n"
