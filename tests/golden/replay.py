@@ -1,71 +1,53 @@
-"""Golden vectors: where they are, and how a replay compares with them.
+"""Golden vectors: how a replay reads one case and compares with it."""
 
-A folder of vectors holds a `manifest.json` and the `.npz` files that it describes. `HF_DIFFUSION_GOLDEN` names the parent
-folder; otherwise the copies in `tests/golden/data`, otherwise `../shared/golden` beside the checkout.
-"""
-
-import functools
-import json
 import math
-import os
-from pathlib import Path
+import re
+from collections.abc import Callable
 
 import numpy as np
-import pytest
 import torch
+from torch import Tensor
+
+from tests.golden.manifests import Record
 
 
-HERE = Path(__file__).resolve().parent
-
-
-def golden_root() -> Path | None:
-    if os.environ.get("HF_DIFFUSION_GOLDEN"):
-        return Path(os.environ["HF_DIFFUSION_GOLDEN"])
-    candidates = [HERE / "data", HERE.parents[2] / "shared" / "golden"]
-    return next((folder for folder in candidates if folder.is_dir()), None)
-
-
-def golden(system: str) -> tuple[Path, dict]:
-    """The folder and the manifest of one system; the calling module is skipped where there are no vectors at all."""
-    root = golden_root()
-    if root is None:
-        pytest.skip(
-            "no golden vectors: set HF_DIFFUSION_GOLDEN or put them in ../shared/golden", allow_module_level=True
-        )
-    folder = root / system
-    return folder, json.loads((folder / "manifest.json").read_text())
-
-
-@functools.lru_cache(maxsize=64)
-def _arrays(path: Path) -> dict[str, np.ndarray]:
-    with np.load(path) as arrays:
-        return dict(arrays)
-
-
-def file_cases(manifest: dict) -> list[tuple[str, str]]:
-    """(npz file, case) for every case of a manifest that lists its cases under `files`."""
-    return [(file, case) for file, entry in manifest["files"].items() for case in entry["cases"]]
+PRECISIONS = {torch.float64: "f64", torch.float32: "f32"}
 
 
 class Case:
-    """One case: `params`, inputs in either precision, and `check(name, actual, dtype)` against the expected array.
+    """One case: `settings`, arrays by name, and comparison with the manifest's tolerance.
 
-    Keys in the npz are `<case>__<kind>__<name>`, kind being input, expected_f64, expected_f32 or expected (exact).
+    Where inputs and results are kept apart, keys are `input__x`, `expected_f64__x`,
+    `expected_f32__x` and, for whole numbers, `expected__x`; `input("x")` and `check("x", ...)` find
+    them. Elsewhere a name is the key.
     """
 
-    def __init__(self, folder: Path, manifest: dict, file: str, case: str):
-        entry = manifest["files"][file]
-        self.file, self.name, self.manifest, self.entry = file, case, manifest, entry
-        self.feature, self.params = entry["feature"], entry["cases"][case]["params"]
-        self.keys, self.tolerance = entry["cases"][case]["keys"], entry["cases"][case]["tolerance"]
-        prefix = f"{case}__"
-        arrays = _arrays(folder / file)
-        self.arrays = {key.removeprefix(prefix): value for key, value in arrays.items() if key.startswith(prefix)}
-        self.checked: set[str] = set()
+    def __init__(self, record: Record):
+        self.record, self.settings, self.manifest = record, record.settings, record.manifest
+        self.arrays = record.arrays
+        self.seen: set[str] = set()
 
-    def input(self, name: str, dtype: torch.dtype = torch.float64) -> torch.Tensor:
-        """An input as a tensor: floating arrays in `dtype` (they hold float32-representable values), integers as they are."""
-        array = torch.from_numpy(np.ascontiguousarray(self.arrays[f"input__{name}"]))
+    def __str__(self) -> str:
+        return str(self.record)
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self.arrays:
+            raise AssertionError(f"{self} has no {name!r}; it has {sorted(self.arrays)}")
+        self.seen.add(name)
+        return torch.from_numpy(np.array(self.arrays[name]))
+
+    def words(self, name: str) -> list[str]:
+        """An array of strings."""
+        self.seen.add(name)
+        return self.arrays[name].tolist()
+
+    def named(self, prefix: str) -> dict[str, Tensor]:
+        """All arrays whose names begin with `prefix`, without it."""
+        return {name.removeprefix(prefix): self[name] for name in self.arrays if name.startswith(prefix)}
+
+    def input(self, name: str, dtype: torch.dtype = torch.float64) -> Tensor:
+        """An input, floating ones in `dtype`: they hold values that float32 represents."""
+        array = self[f"input__{name}"]
         return array.to(dtype) if array.is_floating_point() else array
 
     def has_input(self, name: str) -> bool:
@@ -73,42 +55,73 @@ class Case:
 
     def dtypes(self) -> list[torch.dtype]:
         """The precisions in which this case has expected values."""
-        kinds = {key.split("__")[0] for key in self.arrays}
-        return [d for d, k in ((torch.float64, "expected_f64"), (torch.float32, "expected_f32")) if k in kinds]
+        kinds = {name.split("__")[0] for name in self.arrays}
+        return [dtype for dtype, kind in PRECISIONS.items() if f"expected_{kind}" in kinds]
 
-    def expects(self, name: str, dtype: torch.dtype = torch.float64) -> bool:
-        return f"{_kind(dtype)}__{name}" in self.arrays
+    def expects(self, name: str, dtype: torch.dtype | None = torch.float64) -> bool:
+        return self._key(name, dtype) in self.arrays
 
-    def check(self, name: str, actual, dtype: torch.dtype | None = torch.float64) -> None:
-        """Compare with the expected array of `dtype`, or with the exact one for dtype None, and note that it was compared."""
-        key = f"expected__{name}" if dtype is None else f"{_kind(dtype)}__{name}"
-        if key not in self.arrays:
-            raise AssertionError(f"{self.file}/{self.name} has no {key}; it has {sorted(self.arrays)}")
-        expected = self.arrays[key]
-        actual = np.asarray(actual.detach().numpy() if isinstance(actual, torch.Tensor) else actual)
-        where = f"{self.file}/{self.name}/{key}"
-        tolerance = self.tolerance.get(name, "exact")
-        if isinstance(tolerance, dict) and dtype is not None:
-            tolerance = tolerance["f64" if dtype == torch.float64 else "f32"]
-        if tolerance == "exact" or dtype is None:
-            np.testing.assert_array_equal(actual, expected, err_msg=where)
-        else:
-            if actual.shape != expected.shape:
-                actual = np.broadcast_to(actual, expected.shape)
-            np.testing.assert_allclose(actual, expected, rtol=tolerance["rtol"], atol=tolerance["atol"], err_msg=where)
-        self.checked.add(key)
+    def check(self, name: str, actual, dtype: torch.dtype | None = torch.float64, **tolerance: float) -> None:
+        """Compare with the expected array in the precision `dtype`, or exactly (None), and note it.
 
-    def assert_everything_was_checked(self) -> None:
-        expected = {key for key in self.arrays if key.startswith("expected")}
-        assert expected <= self.checked, f"{self.file}/{self.name}: never compared {sorted(expected - self.checked)}"
+        `rtol` and `atol` stand in for the manifest's.
+        """
+        key = self._key(name, dtype)
+        expected, actual = self[key], torch.as_tensor(actual).detach()
+        assert actual.shape == expected.shape, f"{self}/{key}: {tuple(actual.shape)} is not {tuple(expected.shape)}"
+        allowed = self.tolerance(name, dtype) | tolerance
+        if "relmax" in allowed:
+            allowed = {"rtol": 0.0, "atol": allowed["relmax"] * float(expected.abs().max())}
+        if expected.is_floating_point():
+            expected, actual = expected.double(), actual.double()
+        rtol, atol = allowed["rtol"], allowed["atol"]
+        np.testing.assert_allclose(
+            actual.numpy(), expected.numpy(), rtol, atol, equal_nan=True, err_msg=f"{self}/{key}"
+        )
+
+    def tolerance(self, name: str, dtype: torch.dtype | None = torch.float64) -> dict[str, float]:
+        """`rtol` and `atol` (or `relmax`, of the largest value) of an array.
+
+        Equal is the rule where none is given.
+        """
+        stated = self.record.tolerances.get(name, self.record.tolerance)
+        if stated is None or stated == "exact" or dtype is None:
+            return {"rtol": 0.0, "atol": 0.0}
+        if PRECISIONS[dtype] in stated:
+            return stated[PRECISIONS[dtype]]
+        if dtype == torch.float32:
+            return stated | stated.get("float32", {}) | in_words(stated.get("note", ""))
+        return stated
+
+    def exception(self, name: str) -> dict[str, float]:
+        """`rtol` and `atol` of one of the exceptions that a file's tolerance spells as text."""
+        return in_words(self.record.tolerance.get("exceptions", {}).get(name, ""))
+
+    def assert_complete(self) -> None:
+        """Every array of the case was used."""
+        assert set(self.arrays) == self.seen, f"{self}: never used {sorted(set(self.arrays) - self.seen)}"
+
+    def _key(self, name: str, dtype: torch.dtype | None) -> str:
+        kind = "expected" if dtype is None else f"expected_{PRECISIONS[dtype]}"
+        return name if name in self.arrays else f"{kind}__{name}"
 
 
-def _kind(dtype: torch.dtype) -> str:
-    return {torch.float64: "expected_f64", torch.float32: "expected_f32"}[dtype]
+def in_words(text: str) -> dict[str, float]:
+    """Tolerances of a sentence such as "float64; use rtol 1e-4/atol 1e-5 for float32"."""
+    return {kind: float(value) for kind, value in re.findall(r"(rtol|atol) (\d[0-9.e-]*)", text)}
+
+
+def replay(record: Record, replays: dict[str, Callable[[Case], None]]) -> None:
+    """Replay one case by its kind, completely; a kind that no replay knows is an error."""
+    case = Case(record)
+    if record.kind not in replays:
+        raise AssertionError(f"{record} is of kind {record.kind!r}, which no replay knows; known: {sorted(replays)}")
+    replays[record.kind](case)
+    case.assert_complete()
 
 
 def toy(formula: str):
-    """A toy network or gradient of the manifest ("0.1*x + 0.01*sin(t)") as a function of tensors x, t, y, s."""
+    """A toy network of the manifest ("0.1*x + 0.01*sin(t)") as a function of tensors x, t, y, s."""
     names = {
         name: getattr(torch, name) for name in ("sin", "cos", "tan", "tanh", "exp", "log", "sqrt", "sigmoid", "abs")
     }

@@ -1,65 +1,22 @@
 """Replays of the DDGAN reference: schedules, sampling, losses, penalties, filters and averages."""
 
 import re
-from pathlib import Path
 
-import numpy as np
 import torch
 from diffusers.training_utils import EMAModel
 from torch import Tensor
 
+from hf_diffusion.loop.learning_rate import lr_factor
 from hf_diffusion.losses.adversarial import fake_loss, generator_loss, gradient_penalty, r1_penalty, real_loss
-from hf_diffusion.lr_schedule import lr_factor
 from hf_diffusion.models import ncsnpp_ddgan
 from hf_diffusion.schedulers.scheduling_ddgan import DDGANScheduler, noise_times
+from tests.golden.replay import Case
 
 
-class Case:
-    """One case: its settings, its arrays, and comparison with the tolerance of its file."""
-
-    def __init__(self, folder: Path, manifest: dict, file: str, settings: dict | str):
-        self.manifest, entry = manifest, manifest["files"][file]
-        self.settings = {"id": settings} if isinstance(settings, str) else settings
-        self.file, self.id, self.tolerance = file, self.settings["id"], entry["tolerance"]
-        with np.load(folder / file) as arrays:
-            # the file of one training run holds that run alone, without a prefix
-            prefix = "" if file.startswith("train_") else f"{self.id}__"
-            found = {key.removeprefix(prefix): arrays[key] for key in arrays.files if key.startswith(prefix)}
-        self.arrays = {key: torch.from_numpy(np.array(value)) for key, value in found.items()}
-        assert self.arrays, f"{file} holds nothing for case {self.id}"
-        self.seen: set[str] = set()
-
-    def __getitem__(self, name: str) -> Tensor:
-        self.seen.add(name)
-        return self.arrays[name]
-
-    def check(self, name: str, actual, rtol: float | None = None, atol: float | None = None) -> None:
-        """Compare with a golden; values above float32 are compared in float64."""
-        expected = self[name].double().numpy()
-        actual = torch.as_tensor(actual).detach().double().numpy()
-        assert actual.shape == expected.shape, f"{self.file}/{self.id}/{name}: {actual.shape} is not {expected.shape}"
-        rtol, atol = rtol or self.tolerance["rtol"], atol or self.tolerance["atol"]
-        np.testing.assert_allclose(
-            actual, expected, rtol, atol, equal_nan=True, err_msg=f"{self.file}/{self.id}/{name}"
-        )
-
-    def exception(self, name: str) -> dict[str, float]:
-        """`rtol` and `atol` of one of the exceptions that the manifest spells as text."""
-        text = self.tolerance.get("exceptions", {}).get(name, "")
-        return {kind: float(value) for kind, value in re.findall(r"(rtol|atol) ([0-9.e-]+)", text)}
-
-    def scheduler(self) -> DDGANScheduler:
-        s = self.settings
-        kind = "geometric" if s["use_geometric"] else "vp"
-        return DDGANScheduler(s["num_timesteps"], s["beta_min"], s["beta_max"], kind)
-
-    def named(self, prefix: str) -> dict[str, Tensor]:
-        return {key.removeprefix(prefix): self[key] for key in self.arrays if key.startswith(prefix)}
-
-    def assert_complete(self) -> None:
-        assert set(self.arrays) == self.seen, (
-            f"{self.file}/{self.id}: never used {sorted(set(self.arrays) - self.seen)}"
-        )
+def scheduler_of(case: Case) -> DDGANScheduler:
+    s = case.settings
+    kind = "geometric" if s["use_geometric"] else "vp"
+    return DDGANScheduler(s["num_timesteps"], s["beta_min"], s["beta_max"], kind)
 
 
 def toy_modules(case: Case) -> dict:
@@ -82,7 +39,7 @@ def seeded(seed: int) -> torch.Generator:
 
 
 def coefficients(case: Case) -> None:
-    s = case.scheduler()
+    s = scheduler_of(case)
     first = torch.tensor([1e-8], dtype=torch.float64)  # the reference keeps a dummy step; ours starts at the data
     betas, signal = torch.cat([first, s.betas]), s.alpha_bar.sqrt()
     kept = (1 - betas).sqrt()
@@ -116,7 +73,7 @@ def log_variances(scheduler: DDGANScheduler) -> Tensor:
 
 
 def q_sample(case: Case) -> None:
-    x_t = case.scheduler().q_sample(case["x_start"], case["t"], case["noise"])
+    x_t = scheduler_of(case).q_sample(case["x_start"], case["t"], case["noise"])
     case.check("x_t", x_t)
     clean = case["t"] == 0
     assert torch.equal(x_t[clean], case["x_start"][clean])
@@ -124,7 +81,7 @@ def q_sample(case: Case) -> None:
 
 
 def q_sample_pairs(case: Case) -> None:
-    scheduler, x_0, t = case.scheduler(), case["x_start"], case["t"]
+    scheduler, x_0, t = scheduler_of(case), case["x_start"], case["t"]
     drawn = seeded(case.settings["torch_seed_of_pairs"])
     for noise in ({"noise_t": case["noise_t"], "noise_tp1": case["noise_tp1"]}, {"generator": drawn}):
         x_t, x_tp1 = scheduler.q_sample_pairs(x_0, t, **noise)
@@ -133,20 +90,20 @@ def q_sample_pairs(case: Case) -> None:
 
 
 def sample_posterior(case: Case) -> None:
-    scheduler, x_0, x_tp1, t = case.scheduler(), case["x_0"], case["x_t"], case["t"]
+    scheduler, x_0, x_tp1, t = scheduler_of(case), case["x_0"], case["x_t"], case["t"]
     case.check("mean", scheduler.posterior(x_0, x_tp1, t)[0])
     case.check("sample", scheduler.sample_posterior(x_0, x_tp1, t, case["noise"]))
     case.check("sample", scheduler.sample_posterior(x_0, x_tp1, t, generator=seeded(case.settings["torch_seed"])))
 
 
 def sample_from_model(case: Case) -> None:
-    scheduler, settings = case.scheduler(), dict(case.settings["generator"])
+    scheduler, settings = scheduler_of(case), dict(case.settings["generator"])
     network = toy_modules(case)[settings.pop("class")](**settings)
     scheduler.set_timesteps(len(scheduler))
     x, batch = case["x_init"], case.settings["shape"][0]
     for j, t in enumerate(scheduler.timesteps):
         case.check("t", torch.stack([t.expand(batch) for t in scheduler.timesteps]))
-        np.testing.assert_allclose(x, case["trajectory"][j], case.tolerance["rtol"], case.tolerance["atol"])
+        torch.testing.assert_close(x, case["trajectory"][j], **case.tolerance("trajectory"))
         x_0 = network(x, t.expand(batch), case["latents"][j])
         x = scheduler.step(x_0, t, x, variance_noise=case["noises"][j]).prev_sample
     case.check("sample", x)
@@ -224,7 +181,10 @@ def fir_ops(case: Case) -> None:
 
 
 def exponential_average(parameters, decay: float) -> EMAModel:
-    """diffusers' average, told to begin as the reference does: a copy of the first update, then the decay itself."""
+    """diffusers' average, told to begin as the reference does.
+
+    A copy of the first update, then the decay itself.
+    """
     return EMAModel(parameters, decay=decay, min_decay=decay)
 
 
@@ -268,7 +228,6 @@ def divergences_derived(case: Case) -> None:
     inputs = {"V_real", "V_fake", "V_fake_for_G"}
     names = sorted({key.split("__")[0] for key in case.arrays} - inputs)
     for dtype in (torch.float64, torch.float32):
-        tolerance = {} if dtype == torch.float64 else case.tolerance["float32"]
         for name in names:
             terms = {
                 "D_real": (case["V_real"], lambda v, name=name: real_loss(name, v, exp_limit=80)),
@@ -285,9 +244,9 @@ def divergences_derived(case: Case) -> None:
             for term, (values, loss) in terms.items():
                 v = values.to(dtype).requires_grad_()
                 each = loss(v)
-                case.check(f"{name}__elem_{term}", each, **tolerance)
-                case.check(f"{name}__loss_{term}", each.mean(), **tolerance)
-                case.check(f"{name}__grad_{term}", torch.autograd.grad(each.mean(), v)[0], **tolerance)
+                case.check(f"{name}__elem_{term}", each, dtype)
+                case.check(f"{name}__loss_{term}", each.mean(), dtype)
+                case.check(f"{name}__grad_{term}", torch.autograd.grad(each.mean(), v)[0], dtype)
 
 
 def wgan_gp_derived(case: Case) -> None:

@@ -1,4 +1,7 @@
-"""Replays of classifier guidance: single guided steps of both schedulers, and whole loops through the pipeline."""
+"""Replays of classifier guidance.
+
+Single guided steps of both schedulers, and whole loops through the pipeline.
+"""
 
 import functools
 
@@ -18,17 +21,14 @@ from tests.golden.replays_openai_schedulers import (
 
 
 def replay_guided_steps(case: Case) -> None:
-    ancestral = scheduler_of(case.params)
-    ddim = scheduler_of(case.params, DDIMEtaScheduler, eta=case.params["eta"])
+    ancestral = scheduler_of(case.settings)
+    ddim = scheduler_of(case.settings, DDIMEtaScheduler, eta=case.settings["eta"])
     t = kept_timesteps(ancestral)[case.input("t")]
     s = ancestral.previous_timestep(t)
     for dtype in case.dtypes():
         x, output, gradient, noise = (case.input(name, dtype) for name in ("x", "model_output", "gradient", "noise"))
-        mean, variance, _, x_0 = ancestral.p_mean_variance(output, t, x)
+        mean, variance, _, _ = ancestral.p_mean_variance(output, t, x)
         case.check("condition_mean", mean + variance * gradient, dtype)
-        guided_x_0 = ddim.guided_x_0(x_0, t, gradient)
-        case.check("score_pred_xstart", guided_x_0, dtype)
-        case.check("score_mean", ddim.posterior(guided_x_0, x, t, s)[0], dtype)
         for scheduler, name in ((ancestral, "p_sample"), (ddim, "ddim")):
             steps = [
                 scheduler.step(
@@ -44,6 +44,9 @@ def replay_guided_steps(case: Case) -> None:
             samples, predictions = (torch.cat(column) for column in zip(*steps))
             case.check("p_sample" if name == "p_sample" else "ddim_sample", samples, dtype)
             case.check(f"{name}_pred_xstart", predictions, dtype)
+        # the last predictions are DDIM's, whose x_0 follows from the shifted noise
+        case.check("score_pred_xstart", predictions, dtype)
+        case.check("score_mean", ddim.posterior(predictions, x, t, s)[0], dtype)
 
 
 class ToyUNet(ModelMixin, ConfigMixin):
@@ -61,8 +64,11 @@ class ToyUNet(ModelMixin, ConfigMixin):
 
 
 def replay_guided_loop(case: Case) -> None:
-    """A whole loop through the pipeline: x_T as latents, the gradient as guidance_fn, the step noise handed to `step`."""
-    params, ddim = case.params, case.params["sampler"] == "ddim"
+    """A whole loop through the pipeline.
+
+    X_T as latents, the gradient as guidance_fn, the step noise handed to `step`.
+    """
+    params, ddim = case.settings, case.settings["sampler"] == "ddim"
     formula = toy(case.manifest["toy_functions"]["guidance"][params["toy_grad"]])
     y = case.input("y").reshape(-1, 1, 1, 1)
     for dtype in case.dtypes():
@@ -95,7 +101,10 @@ def replay_guided_loop(case: Case) -> None:
 
 
 def record_steps(scheduler, noise: torch.Tensor) -> list:
-    """Make `step` take the k-th entry of `noise` at its k-th call; returns the list of its results, filled as it is called."""
+    """Make `step` take the k-th entry of `noise` at its k-th call.
+
+    Returns the list of its results, filled as it is called.
+    """
     step, results = scheduler.step, []
 
     @functools.wraps(step)

@@ -1,9 +1,9 @@
-"""Replays of the losses, likelihoods and timestep sampling of OpenAI's code, and of ermongroup/ddim's loss."""
+"""Replays of the losses, likelihoods and timestep sampling of OpenAI and ermongroup/ddim."""
 
 import torch
 from torch import Tensor
 
-from hf_diffusion.likelihood import bits_per_dim
+from hf_diffusion.evaluation.likelihood import bits_per_dim
 from hf_diffusion.losses.gaussian import (
     approx_standard_normal_cdf,
     discretized_gaussian_log_likelihood,
@@ -14,8 +14,8 @@ from hf_diffusion.losses.gaussian import (
     vb_terms_bits,
     vlb_loss,
 )
+from hf_diffusion.losses.noise_levels import LossSecondMomentSampler
 from hf_diffusion.schedulers.scheduling_gaussian import CosineDDPMScheduler, LinearDDPMScheduler
-from hf_diffusion.timestep_sampling import LossSecondMomentSampler
 from tests.golden.replay import Case, toy
 
 
@@ -41,12 +41,12 @@ def scheduler_of(params: dict):
 
 
 def kept_timesteps(scheduler) -> Tensor:
-    """Index in the respaced process, as the reference counts, -> timestep of the training process, as we do."""
+    """Index in the respaced process, as the reference counts -> timestep of training, as we do."""
     return scheduler.timesteps.flip(0)
 
 
 def replay_training_losses(case: Case) -> None:
-    scheduler, loss_type = scheduler_of(case.params), case.params["loss_type"]
+    scheduler, loss_type = scheduler_of(case.settings), case.settings["loss_type"]
     learned = scheduler.config.variance_type in ("learned", "learned_range")
     steps = len(scheduler.timesteps)
     for dtype in case.dtypes():
@@ -64,17 +64,19 @@ def replay_training_losses(case: Case) -> None:
                 case.check("vb", weight * variance_loss(scheduler, model_output, x_0, x_t, t), dtype)
                 loss = hybrid_loss(scheduler, model_output, x_0, x_t, noise, t, vlb_weight=weight)
         else:
-            raise AssertionError(f"{case.file}/{case.name}: unknown loss_type {loss_type!r}")
+            raise AssertionError(f"{case}: unknown loss_type {loss_type!r}")
         case.check("loss", loss, dtype)
         case.check("grad_model_output", torch.autograd.grad(loss.sum(), model_output)[0], dtype)
 
 
 def replay_vb_terms(case: Case) -> None:
-    scheduler = scheduler_of(case.params)
+    scheduler = scheduler_of(case.settings)
     for dtype in case.dtypes():
         x_0, x_t, t = case.input("x_start", dtype), case.input("x_t", dtype), case.input("t")
         output = case.input("model_output", dtype)
-        terms = vb_terms_bits(scheduler, output, x_0, x_t, kept_timesteps(scheduler)[t], case.params["clip_denoised"])
+        terms = vb_terms_bits(
+            scheduler, output, x_0, x_t, kept_timesteps(scheduler)[t], case.settings["clip_denoised"]
+        )
         case.check("output", terms.bits, dtype)
         case.check("pred_xstart", terms.denoised, dtype)
         case.check("kl_bits", terms.kl_bits, dtype)
@@ -82,7 +84,7 @@ def replay_vb_terms(case: Case) -> None:
 
 
 def replay_bits_per_dim(case: Case) -> None:
-    scheduler, params = scheduler_of(case.params), case.params
+    scheduler, params = scheduler_of(case.settings), case.settings
     formulas = case.manifest["toy_functions"]["network"]
     parts = [toy(formulas[params[part]]) for part in ("toy_mean", "toy_var") if params[part] is not None]
     scale = 1000 / params["T"] if params["rescale_timesteps"] else 1
@@ -118,7 +120,7 @@ def replay_likelihood_primitives(case: Case) -> None:
 
 
 def replay_second_moment_sampler(case: Case) -> None:
-    params = case.params
+    params = case.settings
     sampler = LossSecondMomentSampler(params["T"], params["history_per_term"], params["uniform_prob"])
     t, losses, prefix = case.input("ts"), case.input("losses"), params["warm_prefix"]
     sampler.update(t[:prefix], losses[:prefix])

@@ -1,4 +1,7 @@
-"""Replays of the Gaussian process: schedules, respacing, forward process, reverse steps and whole loops."""
+"""Replays of the Gaussian process.
+
+Schedules, respacing, forward process, reverse steps and whole loops.
+"""
 
 import math
 
@@ -22,7 +25,7 @@ SCHEDULE = {"linear": "linear", "cosine": "squaredcos_cap_v2"}
 
 
 def scheduler_of(params: dict, cls=None, **overrides):
-    """Our scheduler for a case's schedule, T, respacing, mean and variance type (OpenAI scales the linear betas by 1000 / T)."""
+    """Our scheduler for the process of a case; OpenAI scales the linear betas by 1000 / T."""
     cls = cls or (CosineDDPMScheduler if params["schedule"] == "cosine" else LinearDDPMScheduler)
     scheduler = cls(
         num_train_timesteps=params["T"],
@@ -43,7 +46,7 @@ def kept_timesteps(scheduler) -> torch.Tensor:
 
 
 def replay_schedule(case: Case) -> None:
-    params = case.params
+    params = case.settings
     scale = 1000 / params["T"]
     betas = beta_table(SCHEDULE[params["schedule"]], params["T"], 0.0001 * scale, 0.02 * scale)
     if set(case.arrays) == {"expected_f64__betas"}:
@@ -53,7 +56,7 @@ def replay_schedule(case: Case) -> None:
 
 
 def replay_respaced_tables(case: Case) -> None:
-    scheduler = scheduler_of(case.params)
+    scheduler = scheduler_of(case.settings)
     case.check("timestep_map", kept_timesteps(scheduler), None)
     _check_tables(case, scheduler)
 
@@ -67,7 +70,7 @@ def _check_tables(case: Case, scheduler) -> None:
     from_x_0, variance = scheduler.posterior(one, zero, t, s)
     from_x_t, _ = scheduler.posterior(zero, one, t, s)
     betas = 1 - alpha_bar / previous
-    large = scheduler_of({**case.params, "var_type": "FIXED_LARGE"})
+    large = scheduler_of({**case.settings, "var_type": "FIXED_LARGE"})
     _, large_variance, large_log, _ = large.p_mean_variance(zero, t, one)
     case.check("betas", betas)
     case.check("alphas_cumprod", alpha_bar)
@@ -84,7 +87,7 @@ def _check_tables(case: Case, scheduler) -> None:
     case.check("posterior_mean_coef2", from_x_t)
     case.check("fixed_large_variance", large_variance)
     case.check("fixed_large_log_variance", large_log)
-    case.check("learned_range_max_log", _learned_bound(case.params, t, one))
+    case.check("learned_range_max_log", _learned_bound(case.settings, t, one))
 
 
 def _learned_bound(params: dict, t: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
@@ -94,16 +97,16 @@ def _learned_bound(params: dict, t: torch.Tensor, x: torch.Tensor) -> torch.Tens
 
 
 def replay_space_timesteps(case: Case) -> None:
-    total, sections = case.params["T"], case.params["section_counts"]
+    total, sections = case.settings["T"], case.settings["section_counts"]
     case.check("timesteps", np.array(space_timesteps(total, sections)), None)
-    for bad in case.entry.get("must_raise_ValueError", []):
+    for bad in case.record.entry.get("must_raise_ValueError", []):
         with pytest.raises(ValueError, match=str(bad["section_counts"])):
             space_timesteps(bad["T"], bad["section_counts"])
 
 
 def replay_q_process(case: Case) -> None:
-    scheduler = scheduler_of(case.params)
-    by_mean = scheduler_of({**case.params, "mean_type": "PREVIOUS_X"})
+    scheduler = scheduler_of(case.settings)
+    by_mean = scheduler_of({**case.settings, "mean_type": "PREVIOUS_X"})
     t = case.input("t")
     for dtype in case.dtypes():
         x_0, x_t, noise = (case.input(name, dtype) for name in ("x_start", "x_t", "noise"))
@@ -116,17 +119,17 @@ def replay_q_process(case: Case) -> None:
         case.check("q_variance", variance, dtype)
         case.check("q_log_variance", variance.log(), dtype)
         case.check("posterior_mean", mean, dtype)
-        case.check("posterior_variance", posterior_variance, dtype)
-        case.check("posterior_log_variance_clipped", log_variance, dtype)
+        case.check("posterior_variance", posterior_variance.expand_as(x_0), dtype)
+        case.check("posterior_log_variance_clipped", log_variance.expand_as(x_0), dtype)
         case.check("xstart_from_eps", scheduler.predict_x_0(noise, t, x_t, clip=False), dtype)
         case.check("eps_from_xstart", scheduler.predict_noise(x_0, t, x_t), dtype)
         case.check("xstart_from_xprev", by_mean.predict_x_0(noise, t, x_t, clip=False), dtype)
 
 
 def replay_p_mean_variance(case: Case) -> None:
-    scheduler = scheduler_of(case.params)
+    scheduler = scheduler_of(case.settings)
     t = kept_timesteps(scheduler)[case.input("t")]
-    denoised = toy(case.params["denoised_fn"].split(":")[-1]) if case.params.get("denoised_fn") else None
+    denoised = toy(case.settings["denoised_fn"].split(":")[-1]) if case.settings.get("denoised_fn") else None
     for dtype in case.dtypes():
         output, x = case.input("model_output", dtype), case.input("x", dtype)
         if denoised is not None:
@@ -140,17 +143,20 @@ def replay_p_mean_variance(case: Case) -> None:
 
 
 def _check_with_denoised_fn(case, scheduler, denoised, output, t, x, dtype) -> None:
-    """A function on the predicted x_0 is the caller's business here: he predicts, transforms, clips, and asks for the posterior."""
+    """A function on the predicted x_0 is the caller's business here.
+
+    He predicts, transforms, clips, and asks for the posterior.
+    """
     _, variance, log_variance, raw = scheduler.p_mean_variance(output, t, x, clip=False)
     x_0 = denoised(x=raw)
-    x_0 = x_0.clamp(-1, 1) if case.params["clip_denoised"] else x_0
+    x_0 = x_0.clamp(-1, 1) if case.settings["clip_denoised"] else x_0
     mean, _ = scheduler.posterior(x_0, x, t, scheduler.previous_timestep(t))
     for name, value in zip(("mean", "variance", "log_variance", "pred_xstart"), (mean, variance, log_variance, x_0)):
         case.check(name, value, dtype)
 
 
 def _replay_steps(case: Case, scheduler, step, dtype: torch.dtype) -> None:
-    """`step(scheduler, output, t, x, noise)` sample by sample, since a run's step has one timestep for the whole batch."""
+    """`step(scheduler, output, t, x, noise)` sample by sample: a step has one t for its batch."""
     t = kept_timesteps(scheduler)[case.input("t")]
     output, x = case.input("model_output", dtype), case.input("x", dtype)
     noise = case.input("noise", dtype) if case.has_input("noise") else torch.zeros_like(x)
@@ -162,25 +168,28 @@ def _replay_steps(case: Case, scheduler, step, dtype: torch.dtype) -> None:
 def replay_p_sample_step(case: Case) -> None:
     for dtype in case.dtypes():
         _replay_steps(
-            case, scheduler_of(case.params), lambda s, out, t, x, n: s.step(out, t, x, variance_noise=n), dtype
+            case, scheduler_of(case.settings), lambda s, out, t, x, n: s.step(out, t, x, variance_noise=n), dtype
         )
 
 
 def replay_ddim_step(case: Case) -> None:
-    scheduler = scheduler_of(case.params, DDIMEtaScheduler, eta=case.params["eta"])
+    scheduler = scheduler_of(case.settings, DDIMEtaScheduler, eta=case.settings["eta"])
     for dtype in case.dtypes():
         _replay_steps(case, scheduler, lambda s, out, t, x, n: s.step(out, t, x, variance_noise=n), dtype)
 
 
 def replay_ddim_reverse_step(case: Case) -> None:
-    scheduler = scheduler_of(case.params, DDIMEtaScheduler, eta=case.params["eta"])
+    scheduler = scheduler_of(case.settings, DDIMEtaScheduler, eta=case.settings["eta"])
     for dtype in case.dtypes():
         _replay_steps(case, scheduler, lambda s, out, t, x, n: s.inverse_step(out, t, x), dtype)
 
 
 def toy_network(case: Case):
-    """(x, t) -> output, with the variance channels behind it; t is mapped as the reference maps it before it asks its network."""
-    formulas, params = case.manifest["toy_functions"]["network"], case.params
+    """(x, t) -> output, with the variance channels behind it.
+
+    The time is mapped as the reference maps it before it asks its network.
+    """
+    formulas, params = case.manifest["toy_functions"]["network"], case.settings
     mean = toy(formulas[params["toy_mean"]])
     variance = toy(formulas[params["toy_var"]]) if params.get("toy_var") else None
 
@@ -196,7 +205,7 @@ def model_timestep(params: dict, t: torch.Tensor) -> torch.Tensor:
 
 
 def replay_sampling_loop(case: Case) -> None:
-    params, sampler = case.params, case.params["sampler"]
+    params, sampler = case.settings, case.settings["sampler"]
     cls = None if sampler == "ddpm" else DDIMEtaScheduler
     scheduler = scheduler_of(params, cls, **({} if cls is None else {"eta": params["eta"]}))
     network = toy_network(case)
@@ -215,12 +224,13 @@ def replay_sampling_loop(case: Case) -> None:
 
 
 def _check_loop(case: Case, dtype, final, trajectory, x_0s, model_ts) -> None:
-    if case.params.get("f32_reference_is_nan") and dtype == torch.float32:
-        # The reference's own float32 run is NaN here (a radicand of -6e-8); ours must stay finite and follow the float64 run.
+    if case.settings.get("f32_reference_is_nan") and dtype == torch.float32:
+        # The reference's own float32 run is NaN here (a radicand of -6e-8); ours must stay finite
+        # and follow the float64 run.
         for name, value in (("final", final), ("trajectory", trajectory), ("pred_xstart", x_0s)):
             want = case.arrays[f"expected_f64__{name}"]
-            np.testing.assert_allclose(value.numpy(), want, rtol=0, atol=1e-4, err_msg=f"{case.name} {name}")
-            case.checked.add(f"expected_f32__{name}")
+            np.testing.assert_allclose(value.numpy(), want, rtol=0, atol=1e-4, err_msg=f"{case} {name}")
+            case.seen.add(f"expected_f32__{name}")
         case.check("model_timesteps", model_ts, dtype)
         return
     case.check("final", final, dtype)
@@ -231,8 +241,8 @@ def _check_loop(case: Case, dtype, final, trajectory, x_0s, model_ts) -> None:
 
 def replay_ermon(case: Case) -> None:
     """ermongroup/ddim: its schedules, its subsequences of timesteps, its two samplers, its loss."""
-    params = case.params
-    if "loss" in case.name:
+    params = case.settings
+    if "loss" in case.record.name:
         replay_ermon_loss(case)
     elif "sampler" in params:
         _replay_ermon_run(case)
@@ -242,11 +252,11 @@ def replay_ermon(case: Case) -> None:
     elif "skip_type" in params:
         case.check("seq", np.array(_ermon_sequence(params)), None)
     else:
-        pytest.fail(f"{case.file}/{case.name}: no replay knows params {params}")
+        pytest.fail(f"{case}: no replay knows params {params}")
 
 
 def _ermon_sequence(params: dict) -> list[int]:
-    """A subsequence that our schedulers take as an explicit list (quad repeats small t for many steps, so it is no list of theirs)."""
+    """A subsequence of timesteps; quad repeats small t for many steps, as no list of ours does."""
     total, steps = params["T"], params["steps"]
     if params["skip_type"] == "uniform":
         return list(range(0, total, total // steps))
@@ -254,7 +264,7 @@ def _ermon_sequence(params: dict) -> list[int]:
 
 
 def _replay_ermon_run(case: Case) -> None:
-    params = case.params
+    params = case.settings
     noisy = params["sampler"] == "ddpm_noisy"
     common = {"num_train_timesteps": params["T"], "beta_start": params["beta_start"], "beta_end": params["beta_end"]}
     common |= {"beta_schedule": params["beta_schedule"], "clip_sample": noisy}
@@ -282,18 +292,18 @@ def replay_misc(case: Case) -> None:
     if case.has_input("sources"):
         for dtype in case.dtypes():
             parameter = torch.nn.Parameter(case.input("target_init", dtype).clone())
-            ema = EMAModel([parameter], decay=case.params["rate"], min_decay=case.params["rate"])
+            ema = EMAModel([parameter], decay=case.settings["rate"], min_decay=case.settings["rate"])
             ema.optimization_step = 1  # the library copies at its first step; the reference averages from the start
             for source in case.input("sources", dtype):
                 parameter.data.copy_(source)
                 ema.step([parameter])
             case.check("ema", ema.shadow_params[0], dtype)
     elif case.has_input("pixels"):
-        from hf_diffusion.data.decoding import to_network_range
+        from hf_diffusion.data.pixels import to_network_range
 
         case.check("normalized", to_network_range(case.input("pixels").to(torch.uint8).numpy()).double())
     elif case.has_input("sample"):
-        from hf_diffusion.data.decoding import from_network_range
+        from hf_diffusion.data.pixels import from_network_range
 
         sample = case.input("sample", torch.float32)
         truncated = (
@@ -302,7 +312,7 @@ def replay_misc(case: Case) -> None:
         case.check("uint8", truncated, None)
         assert (from_network_range(sample).int() - truncated.int()).abs().max() <= 1
     else:
-        pytest.fail(f"{case.file}/{case.name}: no replay knows inputs {sorted(case.arrays)}")
+        pytest.fail(f"{case}: no replay knows inputs {sorted(case.arrays)}")
 
 
 REPLAYS = {
