@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
 
-.PHONY: demo test test-slow bench format clean
+.PHONY: demo test test-slow test-golden test-gpu bench format clean
 
 demo: $(VENV)/.installed
 	$(RUN) training/demo_digits.py
@@ -14,6 +14,14 @@ test: $(VENV)/.installed
 
 test-slow: $(VENV)/.installed
 	$(RUN) -m pytest -m slow
+
+# The vectors of the folder GOLDEN, in place of tests/golden/data.
+test-golden: $(VENV)/.installed
+	HF_DIFFUSION_GOLDEN=$(GOLDEN) $(RUN) -m pytest tests/golden
+
+# What needs a CUDA device; the rest of the suite stays on the CPU there, too.
+test-gpu: $(VENV)/.installed
+	$(RUN) -m pytest -m gpu
 
 bench: $(VENV)/.installed
 	$(RUN) -m tests.benchmarks

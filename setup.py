@@ -7,7 +7,7 @@ BESIDE = ["pipelines", "training", "model_cards"]  # parts of the package that l
 
 setup(
     name="hf-diffusion",
-    version="0.1.0",
+    version="0.2.0",
     description="Train, guide, measure and share diffusion models on your own images with diffusers and accelerate",
     long_description=open("README.md", encoding="utf-8").read(),
     long_description_content_type="text/markdown",
@@ -21,7 +21,8 @@ setup(
     package_dir={f"hf_diffusion.{name}": name for name in BESIDE},
     package_data={
         "hf_diffusion.training": ["recipes/*.yaml", "accelerate_configs/*.yaml"],
-        "hf_diffusion.model_cards": ["template.md"],
+        "hf_diffusion.model_cards": ["*.md"],
+        "hf_diffusion.cards": ["papers.bib"],
     },
     install_requires=[
         "torch>=2.11",

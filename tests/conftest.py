@@ -1,8 +1,46 @@
-"""A Hub on loopback for the tests that push and pull; its clients are child processes, which take its environment."""
+"""What all tests share: the device, accelerate's state, and a Hub on loopback."""
+
+import os
+from unittest import mock
 
 import pytest
+import torch
 
 from tests.hub_server import HubServer
+from tests.launching import forget_accelerate
+
+
+HAS_CUDA = torch.cuda.is_available()
+# What tests and the processes that they start see of the device, unless they are marked `gpu`.
+ON_CPU = {"ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": ""}
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_runtest_protocol(item):
+    """Every test runs on the CPU, as do the fixtures made for it, unless it is marked `gpu`.
+
+    Most tests compare to the last bit, which no two devices share.
+    """
+    if item.get_closest_marker("gpu"):
+        return (yield)
+    with mock.patch.dict(os.environ, ON_CPU), mock.patch("torch.cuda.is_available", return_value=False):
+        return (yield)
+
+
+def pytest_runtest_setup(item):
+    if item.get_closest_marker("gpu") and not HAS_CUDA:
+        pytest.skip("needs a CUDA device, and this machine has none")
+
+
+@pytest.fixture(autouse=True)
+def accelerate_starts_anew():
+    """One process holds one precision, device and engine at a time: each test may ask for others.
+
+    Before it, too, since a fixture of the module may have trained.
+    """
+    forget_accelerate()
+    yield
+    forget_accelerate()
 
 
 @pytest.fixture(scope="session")

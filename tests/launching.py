@@ -1,21 +1,102 @@
-"""Trainings in processes of their own: `accelerate launch` on the CPU, with as many processes as asked for, and forks that can be killed."""
+"""Other processes for the tests.
 
+Claims of a child, `accelerate launch` on the CPU, forks to kill.
+"""
+
+import json
 import multiprocessing
 import os
 import random
+import subprocess
 import sys
-from collections.abc import Callable
+import tempfile
+import textwrap
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.state import AcceleratorState, GradientState
 
 
-# `accelerate launch --cpu --num_processes 2` starts one process only (accelerate 1.15); --multi_gpu on a machine that is told to use its
-# CPU starts two, which talk over gloo.
+REPO = Path(__file__).resolve().parents[1]
+CONFIGS = REPO / "training" / "accelerate_configs"
+# `accelerate launch --cpu --num_processes 2` starts one process only (accelerate 1.15).
+# --multi_gpu on a machine that is told to use its CPU starts two, which talk over gloo.
 ENVIRONMENT = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-CONFIGS = Path(__file__).resolve().parents[1] / "training" / "accelerate_configs"
+
+# What every child of `run_claims` starts with.
+PREAMBLE = """\
+import json, socket, sys
+from pathlib import Path
+_connect = socket.socket.connect
+def _loopback_only(self, address):
+    assert self.family == socket.AF_UNIX or address[0] in ("127.0.0.1", "::1"), f"the network was asked for {address}"
+    return _connect(self, address)
+socket.socket.connect = _loopback_only
+claims = {}
+def claim(function):
+    try:
+        claims[function.__name__] = function()
+    except Exception as error:
+        claims[function.__name__] = f"{type(error).__name__}: {error}"
+    return function
+"""
+
+
+def run_claims(
+    source: str,
+    cwd: str | Path | None = None,
+    env: Mapping[str, str] | None = None,
+    with_package: bool = True,
+    timeout: float = 300,
+) -> dict[str, Any]:
+    """Run `source` in one fresh Python process and return its dict `claims`, carried as JSON.
+
+    A fresh process costs 6 CPU s of imports. So a test file starts one, in a module-scoped fixture,
+    and each test looks at one claim of it:
+
+    CHILD = ''' import hf_diffusion claims["classes"] = sorted(hf_diffusion.__all__) @claim  #
+    claims["empty_folder"] is what it returns, or "OSError: its message" def empty_folder(): return
+    hf_diffusion.DDGANPipeline.from_pretrained("empty").num_classes '''
+
+    @pytest.fixture(scope="module") def claims(tmp_path_factory): return run_claims(CHILD)
+
+    `env` is added to this process's environment. `with_package=False` makes `import hf_diffusion`
+    fail in the child. The child reaches loopback only. It has as many threads as this process,
+    since sums over more threads round otherwise. AssertionError with its output if it does not end
+    well.
+    """
+    threads = {"OMP_NUM_THREADS": str(torch.get_num_threads()), "ACCELERATE_USE_CPU": "true"}
+    path = {"PYTHONPATH": str(REPO) if with_package else ""}
+    blocked = "" if with_package else 'sys.modules["hf_diffusion"] = None  # its import raises ModuleNotFoundError\n'
+    with tempfile.TemporaryDirectory() as folder:
+        script, result = Path(folder, "child.py"), Path(folder, "claims.json")
+        ending = f"\nPath({str(result)!r}).write_text(json.dumps(claims))\n"
+        script.write_text(PREAMBLE + blocked + textwrap.dedent(source) + ending)
+        done = subprocess.run(
+            [sys.executable, str(script)],
+            cwd=cwd or folder,
+            env={**os.environ, **threads, **path, **(env or {})},
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+        )
+        assert done.returncode == 0, f"a child process failed:\n{done.stdout}{done.stderr}"
+        return json.loads(result.read_text())
+
+
+def forget_accelerate() -> None:
+    """Let the next `Accelerator` of this process choose its precision, device and engine anew."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
 
 
 def launcher(processes: int, config: str | None = None) -> list[str]:
-    """The beginning of a command line; run it with ENVIRONMENT. `config` is the name of one of the configurations that are shipped."""
+    """The beginning of a command line, to be run with ENVIRONMENT.
+
+    `config` names a shipped file.
+    """
     command = [sys.executable, "-m", "accelerate.commands.launch", "--num_machines", "1", "--dynamo_backend", "no"]
     command += ["--mixed_precision", "no", "--num_cpu_threads_per_process", "1", "--num_processes", str(processes)]
     if config is not None:
@@ -30,7 +111,10 @@ def free_port() -> int:
 
 
 def forked(main: Callable[[list[str]], int], flags: list[str], log: Path) -> multiprocessing.Process:
-    """`main(flags)` in a fork of a process that has imported torch but not used it: it starts in a fraction of a second."""
+    """`main(flags)` in a fork of a process that has imported torch but not used it.
+
+    It starts fast.
+    """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([main.__module__])
     process = context.Process(target=_logged, args=(main, flags, log))

@@ -19,12 +19,11 @@ import datasets
 import numpy as np
 import pytest
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState
 from PIL import Image
 
 from hf_diffusion import cli
-from hf_diffusion.checkpoints import MANIFEST
-from hf_diffusion.sharding import check_engine
+from hf_diffusion.loop.checkpoints import MANIFEST
+from hf_diffusion.loop.engines import check_engine
 from hf_diffusion.training import train_classifier, train_ddgan, train_ddpm
 
 
@@ -62,9 +61,9 @@ def setting(what: str, program: str, words: str, status: int, sentence: str) -> 
 TABLE = [
     # --- images ---
     data("a data folder that is not there", "nowhere", 1, "nowhere' does not exist; pass a folder of images"),
-    data("a file that is no data", "text", 1, "is neither a folder nor a .parquet or .zip file"),
+    data("a file that is no data", "text", 1, "is neither a folder nor a .parquet, .zip or .tar file"),
     data("an empty folder", "empty", 1, "holds no images; put files such as .png or .jpg into it"),
-    data("a folder of other files", "no_images", 1, "holds no images; put files such as .png or .jpg into it"),
+    data("a folder of other files", "no_images", 1, "holds no images; there are 1 file (notes.txt) of other kinds; put files such as .png"),
     data("nothing but truncated images", "truncated_all", 1, "no image can be decoded: "),
     data("a truncated image", "truncated_one", 0, "skipped a corrupt image: "),
     data("more corrupt images than allowed", "truncated_one", 1, "more than max_bad_images=0 images cannot be decoded: ",
@@ -73,22 +72,22 @@ TABLE = [
     data("mixed sizes", "mixed_sizes", 1, "pass --resolution to bring all images to one size"),
     data("an odd size late in the set", "odd_late", 1, "while the set began with 8x8; pass --resolution", "--train_batch_size 100"),
     data("mixed modes", "mixed_modes", 0, "images of modes ['L', 'RGB', 'RGBA'] are brought to 4 channels of 8 bits"),
-    data("an animated GIF", "animated", 0, "only the first of its 2 frames is used"),
+    data("an animated GIF", "animated", 0, "of animations only the first frame is used"),
     data("a 16-bit PNG", "deep", 0, "trained 1 steps"),
     data("a floating-point TIFF", "floating", 1, "has floating-point pixels of unknown range; store images with 8 or 16 bits"),
     data("a 1-pixel image", "pixel", 1, "sample_size"),
     data("sides that cannot be halved", "seven", 1, "sample_size"),
     data("names in other scripts", "names", 0, "trained 1 steps", "--class_conditional"),
     data("a broken zip", "broken_zip", 1, "broken.zip' cannot be opened: "),
-    data("a zip without images", "empty_zip", 1, "holds no images; put files such as .png or .jpg into the zip"),
+    data("a zip without images", "empty_zip", 1, "holds no images; there are 1 file (readme.txt) of other kinds; put files such as .png"),
     data("a truncated parquet", "broken_parquet", 1, "broken.parquet' cannot be opened: "),
-    data("a parquet without images", "no_image_column", 1, "the data set has no image column; its columns are ['number']"),
+    data("a parquet without images", "no_image_column", 1, "the data set has no image column: its columns are ['number']"),
     data("an image column that is not there", "labelled", 1, "column 'img' is not in the data set; its columns are ['image', 'label']",
          "--image_column img"),
     data("a class id out of range", "label_range", 1, "row 1 has label -1"),
     data("class ids with a gap", "label_gap", 1, "ids up to 3 without [2]; ids must be 0..n-1"),
     data("a row without a class", "label_none", 1, "row 1 has no label in column 'label'"),
-    data("a split that is not there", "good", 1, "split 'validation' needs a sub-folder of this name", "--split validation"),
+    data("a split that is not there", "good", 1, "split 'validation' is unknown; good has train (4), of which a part is train[:80%]", "--split validation"),
     data("classes asked of images without", "flat", 1, "class_conditional is set, but flat has no labels", "--class_conditional"),
     Row("a data set name that is no id", "ddpm", "--dataset_name a/b/c/d --output_dir {new}", 1, "data set 'a/b/c/d'"),
     # --- the output folder ---
@@ -135,10 +134,10 @@ TABLE = [
     Row("a pipeline without weights", "cli", "sample {no_weights}", 1, "diffusion_pytorch_model"),
     Row("no command", "cli", "", 2, "required: command"),
     Row("an unknown command", "cli", "train", 2, "invalid choice: 'train'"),
-    Row("no images to draw", "cli", "sample {pipeline} --num_images 0", 2, "--num_images must be at least 1, not 0"),
-    Row("a number that is a word", "cli", "sample {pipeline} --num_images many", 2, "invalid int value: 'many'"),
+    Row("no images to draw", "cli", "sample {pipeline} --num_images 0", 2, "num_images: got 0; allowed: at least 1"),
+    Row("a number that is a word", "cli", "sample {pipeline} --num_images many", 2, "--num_images: got 'many'; allowed: a whole number or none"),
     Row("a class that is not there", "cli", "sample {pipeline} --class_labels 77", 2, "77"),
-    Row("no sampling steps", "cli", "sample {pipeline} --num_inference_steps 0", 1, "num_inference_steps"),
+    Row("no sampling steps", "cli", "sample {pipeline} --num_inference_steps 0", 2, "num_inference_steps: got 0; allowed: at least 1"),
     Row("more steps than there are", "cli", "sample {pipeline} --num_inference_steps 5000", 1, "5000"),
     Row("a device that is not there", "cli", "sample {pipeline} --device tpu7", 1, "tpu7"),
     Row("a picture in a place that is a folder", "cli", "sample {pipeline} --num_images 10 --num_inference_steps 1 --output {empty}", 1, "empty"),
@@ -287,9 +286,6 @@ def own_cache(tmp_path, monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     monkeypatch.setattr(datasets.config, "HF_UPDATE_DOWNLOAD_COUNTS", False)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    AcceleratorState._reset_state(True)  # one process holds one precision and one engine at a time
-    yield
-    AcceleratorState._reset_state(True)
 
 
 def end_of(main: Callable[[list[str]], int], words: list[str]) -> tuple[int, str]:
@@ -346,11 +342,11 @@ def test_a_read_only_output_folder_is_refused_before_training(program, capsys):
 
 @pytest.mark.parametrize("engine", ["FSDP", "DeepSpeed"])
 def test_a_gan_is_refused_by_engines_that_take_one_network(engine, tmp_path, monkeypatch):
-    monkeypatch.setattr("hf_diffusion.ddgan_trainer.engine", lambda accelerator: engine)
+    monkeypatch.setattr("hf_diffusion.loop.engines.parallelism", lambda accelerator: engine)
     words = [*SETTINGS["ddgan"].split(), *DIGITS.split(), "--output_dir", str(tmp_path / "run")]
     status, message = end_of(train_ddgan.main, words)
     assert status == 1 and message.startswith(
-        f"train_ddgan.py: {engine} takes one network with its optimizer, and a GAN"
+        f"train_ddgan.py: {engine} takes one network with its optimizer, and this method trains 2"
     )
 
 
@@ -365,7 +361,7 @@ def test_a_gan_is_refused_by_engines_that_take_one_network(engine, tmp_path, mon
     ],
 )
 def test_what_a_sharded_run_cannot_do_is_refused(more, sentence, monkeypatch):
-    monkeypatch.setattr("hf_diffusion.sharding.engine", lambda accelerator: "FSDP")
+    monkeypatch.setattr("hf_diffusion.loop.engines.parallelism", lambda accelerator: "FSDP")
     config = train_ddpm.DDPMConfig(dataset_name="digits", max_train_steps=1, **more)
     with pytest.raises(ValueError, match=sentence):
         check_engine(Accelerator(cpu=True), config)

@@ -15,11 +15,12 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from torch import Tensor
 
-from hf_diffusion.data.images import ImageData, load_images
+from hf_diffusion.data.image_data import ImageData
+from hf_diffusion.data.images import load_images
 from hf_diffusion.losses.adversarial import r1_penalty
 from hf_diffusion.models.ncsnpp_ddgan import Resample
 from hf_diffusion.schedulers.scheduling_ddgan import DDGANScheduler
-from hf_diffusion.training.train_ddgan import DDGANConfig, build_discriminator, build_generator, build_trainer
+from hf_diffusion.training.train_ddgan import DDGANConfig, build, build_discriminator, build_generator
 from tests.benchmarks.networks import parameters
 from tests.benchmarks.pairs import Comparison
 
@@ -65,7 +66,7 @@ def reference_steps(generator: torch.nn.Module, discriminator: torch.nn.Module, 
     process = DDGANScheduler(4)
     optimizers = [torch.optim.Adam(net.parameters(), lr=1e-4, betas=(0.5, 0.9)) for net in (generator, discriminator)]
     averages = [p.detach().clone() for p in generator.parameters()]
-    pixels = data.fetch(list(range(len(data))), 0)["pixels"]
+    pixels = data.fetch(list(range(len(data))), 0)["x_0"]
 
     def pairs(x_0: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         t = torch.randint(0, len(process), (BATCH,))
@@ -97,13 +98,10 @@ def reference_steps(generator: torch.nn.Module, discriminator: torch.nn.Module, 
 
 
 def our_steps(config: DDGANConfig, data: ImageData) -> Iterator[int]:
-    trainer = build_trainer(config, Accelerator(cpu=True), data)
-    trainer._begin()  # the step alone has no public name: `train` runs to the end and exports
-    trainer.progress.leave = False
-    trainer.progress.close()
+    trainer = build(config, Accelerator(cpu=True), data)
     stream = trainer.batches()
     while True:
-        trainer._optimizer_step(stream)
+        trainer.optimizer_step(stream)
         trainer.step += 1
         yield trainer.step
 

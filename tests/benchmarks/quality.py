@@ -18,7 +18,8 @@ import torch.nn.functional as F
 from diffusers import DDIMPipeline, DDIMScheduler, DDPMScheduler
 from diffusers.training_utils import EMAModel
 
-from hf_diffusion.data.images import ImageData, load_images
+from hf_diffusion.data.image_data import ImageData
+from hf_diffusion.data.images import load_images
 from hf_diffusion.environment import environment
 from tests.benchmarks.networks import networks
 
@@ -38,7 +39,7 @@ def train_plain(data: ImageData, minutes: float, folder: Path) -> int:
     end = time.perf_counter() + 60 * minutes
     while time.perf_counter() < end:
         for rows in torch.randperm(len(data)).split(BATCH):
-            x_0 = data.fetch(rows.tolist(), 0)["pixels"]
+            x_0 = data.fetch(rows.tolist(), 0)["x_0"]
             noise, t = torch.randn_like(x_0), torch.randint(1000, (len(x_0),))
             loss = F.mse_loss(model(process.add_noise(x_0, noise, t), t).sample, noise)
             loss.backward()

@@ -12,10 +12,12 @@ from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from torch.utils.data import DataLoader, TensorDataset
 
-from hf_diffusion.data.images import ImageData, load_images
+from hf_diffusion.data.image_data import ImageData
+from hf_diffusion.data.images import load_images
+from hf_diffusion.loop.trainer import Trainer
+from hf_diffusion.losses.denoising import DenoisingObjective
 from hf_diffusion.models.unet_adm import ADMUNet2DModel
-from hf_diffusion.trainer import Trainer
-from hf_diffusion.training.train_ddpm import DDPMConfig, build_loss, build_scheduler
+from hf_diffusion.training.train_ddpm import DDPMConfig, build_scheduler
 from tests.benchmarks.networks import networks, parameters
 from tests.benchmarks.pairs import Comparison
 
@@ -25,7 +27,7 @@ BATCH, SIZE, STEPS = 64, 28, 1000
 
 def stock_steps(model: UNet2DModel, data: ImageData) -> Iterator[float]:
     """The loop body of diffusers' examples/unconditional_image_generation/train_unconditional.py with its defaults."""
-    pixels = data.fetch(list(range(len(data))), 0)["pixels"]
+    pixels = data.fetch(list(range(len(data))), 0)["x_0"]
     loader = DataLoader(TensorDataset(pixels), batch_size=BATCH, shuffle=True, drop_last=True)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.95, 0.999), weight_decay=1e-6)
     schedule = get_scheduler("cosine", optimizer, num_warmup_steps=500, num_training_steps=STEPS)
@@ -49,7 +51,7 @@ def stock_steps(model: UNet2DModel, data: ImageData) -> Iterator[float]:
             yield loss.detach().item()
 
 
-def our_steps(model: ADMUNet2DModel, data: ImageData, folder: str) -> Iterator[float]:
+def our_steps(model: ADMUNet2DModel, data: ImageData, folder: str) -> Iterator[int]:
     config = DDPMConfig(
         dataset_name="digits",
         resolution=SIZE,
@@ -60,17 +62,13 @@ def our_steps(model: ADMUNet2DModel, data: ImageData, folder: str) -> Iterator[f
         timestep_sampling="uniform",
     )
     accelerator = Accelerator(cpu=True)
-    loss = build_loss(config, build_scheduler(config), model.null_class_id, accelerator)
-    trainer = Trainer(config, accelerator, model, data, loss, export=lambda averaged, target: None)
-    trainer._begin()  # the step alone has no public name: `train` runs to the end and exports
-    trainer.progress.leave = False
-    trainer.progress.close()
-    trainer.model.train()
+    objective = DenoisingObjective(build_scheduler(config), model.train(), config, config.learning_rate, accelerator)
+    trainer = Trainer(config, accelerator, objective, data, export=lambda averaged, target: None)
     stream = trainer.batches()
     while True:
-        trainer._optimizer_step(stream)
+        trainer.optimizer_step(stream)
         trainer.step += 1
-        yield trainer.grad_norm
+        yield trainer.step
 
 
 def comparisons() -> Iterator[Comparison]:
