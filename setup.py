@@ -1,9 +1,10 @@
-"""Packaging: `pipelines/`, `training/` and `model_cards/` stand at the top level and belong to the package."""
+"""Packaging: `pipelines/`, `training/` and `model_cards/` stand at the top, and belong to it."""
 
 from setuptools import find_packages, setup
 
 
-BESIDE = ["pipelines", "training", "model_cards"]  # parts of the package that live beside it in the repository
+# Parts of the package that live beside it in the repository.
+BESIDE = ["pipelines", "training", "model_cards"]
 
 setup(
     name="hf-diffusion",
@@ -41,6 +42,7 @@ setup(
         "matplotlib>=3.10",
     ],
     extras_require={
+        "assignment": ["scipy>=1.15"],
         "digits": ["scikit-learn>=1.7"],
         "tensorboard": ["tensorboard>=2.20"],
         "inception": ["torch-fidelity>=0.4"],

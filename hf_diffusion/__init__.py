@@ -18,9 +18,30 @@ if TYPE_CHECKING:
     from hf_diffusion.pipelines.guiders import ClassifierGuidance
     from hf_diffusion.pipelines.pipeline_classifier_free_guidance import ClassifierFreeGuidancePipeline
     from hf_diffusion.pipelines.pipeline_classifier_guidance import ClassifierGuidancePipeline
+    from hf_diffusion.pipelines.pipeline_consistency import ConsistencyPipeline
     from hf_diffusion.pipelines.pipeline_ddgan import DDGANPipeline
+    from hf_diffusion.pipelines.pipeline_discrete_image import DiscreteImagePipeline
+    from hf_diffusion.pipelines.pipeline_edm import EDMPipeline
+    from hf_diffusion.pipelines.pipeline_flow_matching import FlowMatchingPipeline
+    from hf_diffusion.pipelines.pipeline_score_sde import ScoreSdePipeline
+    from hf_diffusion.schedulers.scheduling_consistency import ConsistencyScheduler
     from hf_diffusion.schedulers.scheduling_ddgan import DDGANScheduler
-    from hf_diffusion.schedulers.scheduling_gaussian import CosineDDPMScheduler, DDIMEtaScheduler, LinearDDPMScheduler
+    from hf_diffusion.schedulers.scheduling_discrete import D3PMScheduler
+    from hf_diffusion.schedulers.scheduling_edm import EDMHeunScheduler
+    from hf_diffusion.schedulers.scheduling_flow import FlowMatchingScheduler
+    from hf_diffusion.schedulers.scheduling_gaussian import (
+        CosineDDPMScheduler,
+        DDIMEtaScheduler,
+        ImprovedPNDMScheduler,
+        LinearDDPMScheduler,
+    )
+    from hf_diffusion.schedulers.scheduling_masked import MDLMScheduler
+    from hf_diffusion.schedulers.scheduling_score import (
+        AnnealedLangevinScheduler,
+        ScoreSdeSubVPScheduler,
+        ScoreSdeVEScheduler,
+        ScoreSdeVPScheduler,
+    )
 
 __version__ = "0.2.0"
 
@@ -28,31 +49,78 @@ __all__ = [
     "ADMClassifier",
     "ADMGenerator",
     "ADMUNet2DModel",
+    "AnnealedLangevinScheduler",
     "ClassifierFreeGuidancePipeline",
     "ClassifierGuidance",
     "ClassifierGuidancePipeline",
+    "ConsistencyPipeline",
+    "ConsistencyScheduler",
     "CosineDDPMScheduler",
+    "D3PMScheduler",
     "DDGANDiscriminator",
     "DDGANGenerator",
     "DDGANPipeline",
     "DDGANScheduler",
     "DDIMEtaScheduler",
+    "DiscreteImagePipeline",
+    "EDMHeunScheduler",
+    "EDMPipeline",
+    "FlowMatchingPipeline",
+    "FlowMatchingScheduler",
+    "ImprovedPNDMScheduler",
     "LinearDDPMScheduler",
+    "MDLMScheduler",
     "PointDenoiser",
     "PointDiscriminator",
     "PointGenerator",
+    "ScoreSdePipeline",
+    "ScoreSdeSubVPScheduler",
+    "ScoreSdeVEScheduler",
+    "ScoreSdeVPScheduler",
 ]
 # The same at run time: a module and the public classes that it defines.
 _COMPONENTS = {
-    "hf_diffusion.models.mlp_points": ("PointDenoiser", "PointDiscriminator", "PointGenerator"),
-    "hf_diffusion.models.ncsnpp_ddgan": ("DDGANDiscriminator", "DDGANGenerator"),
-    "hf_diffusion.models.unet_adm": ("ADMClassifier", "ADMGenerator", "ADMUNet2DModel"),
+    "hf_diffusion.models.mlp_points": (
+        "PointDenoiser",
+        "PointDiscriminator",
+        "PointGenerator",
+    ),
+    "hf_diffusion.models.ncsnpp_ddgan": (
+        "DDGANDiscriminator",
+        "DDGANGenerator",
+    ),
+    "hf_diffusion.models.unet_adm": (
+        "ADMClassifier",
+        "ADMGenerator",
+        "ADMUNet2DModel",
+    ),
     "hf_diffusion.pipelines.guiders": ("ClassifierGuidance",),
     "hf_diffusion.pipelines.pipeline_classifier_free_guidance": ("ClassifierFreeGuidancePipeline",),
     "hf_diffusion.pipelines.pipeline_classifier_guidance": ("ClassifierGuidancePipeline",),
+    "hf_diffusion.pipelines.pipeline_consistency": ("ConsistencyPipeline",),
     "hf_diffusion.pipelines.pipeline_ddgan": ("DDGANPipeline",),
+    "hf_diffusion.pipelines.pipeline_discrete_image": ("DiscreteImagePipeline",),
+    "hf_diffusion.pipelines.pipeline_edm": ("EDMPipeline",),
+    "hf_diffusion.pipelines.pipeline_flow_matching": ("FlowMatchingPipeline",),
+    "hf_diffusion.pipelines.pipeline_score_sde": ("ScoreSdePipeline",),
+    "hf_diffusion.schedulers.scheduling_consistency": ("ConsistencyScheduler",),
     "hf_diffusion.schedulers.scheduling_ddgan": ("DDGANScheduler",),
-    "hf_diffusion.schedulers.scheduling_gaussian": ("CosineDDPMScheduler", "DDIMEtaScheduler", "LinearDDPMScheduler"),
+    "hf_diffusion.schedulers.scheduling_discrete": ("D3PMScheduler",),
+    "hf_diffusion.schedulers.scheduling_edm": ("EDMHeunScheduler",),
+    "hf_diffusion.schedulers.scheduling_flow": ("FlowMatchingScheduler",),
+    "hf_diffusion.schedulers.scheduling_gaussian": (
+        "CosineDDPMScheduler",
+        "DDIMEtaScheduler",
+        "ImprovedPNDMScheduler",
+        "LinearDDPMScheduler",
+    ),
+    "hf_diffusion.schedulers.scheduling_masked": ("MDLMScheduler",),
+    "hf_diffusion.schedulers.scheduling_score": (
+        "AnnealedLangevinScheduler",
+        "ScoreSdeSubVPScheduler",
+        "ScoreSdeVEScheduler",
+        "ScoreSdeVPScheduler",
+    ),
 }
 
 for _module in _COMPONENTS:

@@ -23,8 +23,9 @@ PACKAGES = (
 
 
 def environment(folder: str | os.PathLike = ".") -> dict[str, Any]:
-    """Versions, hardware, and the state of the git repository that holds `folder`, where there is one."""
-    import torch  # here, since a card can be written where there is no torch
+    """Versions, hardware, and the state of the git repository around `folder`, if any."""
+    # Here, since a card can be written where there is no torch.
+    import torch
 
     versions = {"python": platform.python_version()}
     for package in PACKAGES:
@@ -60,9 +61,10 @@ def _git_state(folder: str | os.PathLike) -> dict[str, Any]:
     try:
         return {
             "git_commit": git("rev-parse", "HEAD"),
-            # Changed files only: looking for new ones would find every output folder and walk all of the data.
+            # Changed files only: a search for new ones would walk every output folder and all data.
             "git_dirty": bool(git("status", "--porcelain", "--untracked-files=no")),
             "git_repository": Path(git("rev-parse", "--show-toplevel")).name,
         }
-    except (OSError, subprocess.SubprocessError):  # no git, no repository, or no commit in it
+    # No git, no repository, or no commit in it.
+    except (OSError, subprocess.SubprocessError):
         return {}

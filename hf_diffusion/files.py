@@ -10,7 +10,7 @@ from typing import BinaryIO
 def write_whole(path: str | os.PathLike, content: bytes | str | Callable[[BinaryIO], object]) -> Path:
     """Write a file that takes its name only when it is complete; returns its path.
 
-    `content` is bytes, text (stored as UTF-8), or a function that is called with the open binary file. The folder is
+    `content` is bytes, text (stored as UTF-8), or a function of the open binary file. The folder is
     made where there is none. A failure leaves the former file as it was, and nothing beside it.
     """
     path = Path(path)

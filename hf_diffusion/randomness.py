@@ -1,8 +1,8 @@
-"""Random numbers as a function of the seed and the step, so that a run needs no stored generator state.
+"""Random numbers as a function of seed and step: a run needs no stored generator state.
 
-What an optimizer step draws is drawn for its whole batch over all processes and micro-batches, in blocks of rows, and
-each micro-batch takes its rows. One process or four, with or without accumulation, interrupted or not: the same images
-meet the same noise, and no process draws much more than it needs.
+A step draws for its whole batch over all processes and micro-batches, in blocks of rows. Each
+micro-batch takes its rows. So the same images meet the same noise on one process or four, with or
+without accumulation, interrupted or not. No process draws much more than it needs.
 """
 
 import hashlib
@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 
-# Rows that share a generator. Even, so that the two of an antithetic pair are always drawn together. The price of a
-# smaller one is a kernel a block on a GPU, that of a larger one are rows that are drawn and not used.
+# Rows that share a generator. Even, so that the two of an antithetic pair are drawn together.
+# Smaller blocks cost more kernels on a GPU, larger ones draw more rows that nobody uses.
 BLOCK = 16
 
 # (u of whole blocks, their numbers in the global batch, its size) -> u, see `losses.noise_levels`
@@ -21,16 +21,17 @@ Spread = Callable[[Tensor, Tensor, int], Tensor]
 
 
 def derive_seed(*parts: int | str) -> int:
-    """A seed in [0, 2**63) that differs for every combination of parts, such as (run seed, purpose, step)."""
+    """A seed in [0, 2**63), one for each combination of parts, as (run seed, purpose, step)."""
     digest = hashlib.blake2b("/".join(str(part) for part in parts).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
 
 
 class Draw:
-    """The random numbers of one micro-batch: rows `rows` of what step `step` draws for its `total` images.
+    """The random numbers of one micro-batch: `rows` of what `step` draws for its `total` images.
 
-    Successive calls give independent numbers, so a loss must draw in the same order at every step. `block` None is
-    how versions before 0.2 drew, which a run that began so goes on with: all rows from one generator.
+    Successive calls give independent numbers, so a loss must draw in the same order at every step.
+    `block` None draws all rows from one generator, as versions before 0.2 did. A run that began so
+    goes on so.
     """
 
     def __init__(self, seed: int, step: int, rows: slice, total: int, device: torch.device, block: int | None = BLOCK):
@@ -43,7 +44,7 @@ class Draw:
         self.rows = slice(rows.start - blocks.start * size, rows.stop - blocks.start * size)
 
     def level(self, spread: Spread | None = None) -> Tensor:
-        """Noise levels u float64 (B,) in [0, 1), which each family turns into its timestep or sigma.
+        """Noise levels u float64 (B,) in [0, 1); a family turns them into its timestep or sigma.
 
         `spread` arranges those of the whole batch; without it they are independent.
         """
@@ -64,7 +65,7 @@ class Draw:
 
 
 class FixedDraw:
-    """The random numbers of held-out images: they belong to the image, for any batch and any number of processes.
+    """The random numbers of held-out images: they belong to the image, however work is divided.
 
     Its levels lie in part `part` of `parts` equal parts of [0, 1).
     """
@@ -93,8 +94,8 @@ class FixedDraw:
 class BatchOrder:
     """Which images each micro-batch of this process holds.
 
-    The run reads one endless stream, the epochs' permutations one after the other; step k takes the k-th global batch
-    of it. No image is left out at an epoch's end, and the place in the stream follows from the step.
+    The run reads one endless stream, the epochs' permutations one after the other. Step k takes its
+    k-th global batch. No image is left out at an epoch's end, and the step tells the place in it.
     `images` None: the data are a stream of their own, and only `rows` and `total` are asked for.
     """
 

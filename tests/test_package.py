@@ -72,7 +72,7 @@ def claims(unet, tmp_path_factory):
     DDPMPipeline(unet, DDIMEtaScheduler()).save_pretrained(folder / "pipeline")
     (folder / "class.pickle").write_bytes(pickle.dumps(hf_diffusion.DDGANScheduler))
     paths = f"FOLDER, PICKLED = {str(folder / 'pipeline')!r}, {str(folder / 'class.pickle')!r}\n"
-    return run_claims(paths + CHILD)
+    return run_claims(paths + CHILD, anew=True)
 
 
 def test_importing_the_package_loads_neither_torch_nor_diffusers_and_runs_no_component(claims):

@@ -1,4 +1,4 @@
-"""Draw, FixedDraw and BatchOrder: what is drawn and read follows from seed, step and row, however work is divided."""
+"""Draw, FixedDraw and BatchOrder: seed, step and row say what is drawn, however work is divided."""
 
 import pytest
 import torch
@@ -26,7 +26,7 @@ def test_divided_draws_are_rows_of_the_whole_draw(parts, block):
 
 
 def test_a_process_of_eight_draws_its_own_rows_and_at_most_the_rest_of_two_blocks(monkeypatch):
-    """Batch 20 on 8 processes with accumulation 4: 640 rows in all, of which a micro-batch needs 20."""
+    """Batch 20, 8 processes, accumulation 4: a micro-batch needs 20 of 640 rows."""
     counted, order = [], BatchOrder(None, 0, batch_size=20, accumulation=4, rank=5, processes=8)
     for name in ("rand", "randn"):
         original = getattr(torch, name)

@@ -70,7 +70,7 @@ def _convert(value: Any, annotation: Any) -> Any:
     if annotation is str:
         return str(value)
     if annotation is Path and text:
-        return Path(text)
+        return Path(text).expanduser()
     raise ValueError
 
 

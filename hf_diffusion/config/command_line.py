@@ -9,7 +9,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, NoReturn, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from hf_diffusion.config.options import bounds_in_words, check_fields, did_you_mean, read_config, settings, typed
+from hf_diffusion.config.options import (
+    bounds_in_words,
+    check_fields,
+    did_you_mean,
+    read_config,
+    settings,
+    take_over,
+    typed,
+)
 
 
 Config = TypeVar("Config")
@@ -40,13 +48,15 @@ def parse_config(cls: type[Config], argv: Sequence[str] | None = None, *, prog: 
             raise ValueError(_unexpected_argument(extra, cls))
         values: dict[str, Any] = {}
         for file in files:
-            values |= read_config(cls, file)
-        values |= typed(cls, given, place="--{}")
+            values = take_over(cls, values, read_config(cls, file))
+        values = take_over(cls, values, typed(cls, given, place="--{}"))
         for name, field in settings(cls).items():
             if field.default is dataclasses.MISSING and field.name not in values:
                 shown = name if field.metadata.get("positional") else f"--{name}"
                 raise ValueError(f"{shown} is required; give it on the command line or in a --config file")
         config = cls(**values)
+        if hasattr(cls, "given"):
+            config.given = frozenset(values)
         check_fields(config)
         if hasattr(config, "validate"):
             config.validate()
@@ -67,7 +77,10 @@ def _parser(cls: type, prog: str | None) -> OneSentenceParser:
         formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=38, width=115),
     )
     parser.add_argument(
-        "--config", action="append", metavar="FILE", help="YAML file of settings; may be repeated, later ones win"
+        "--config",
+        action="append",
+        metavar="FILE",
+        help="YAML file of settings, or the name of a recipe of the package; may be repeated, later ones win",
     )
     group, groups, hints = parser, {}, get_type_hints(cls)
     for name, field in settings(cls).items():
@@ -88,7 +101,7 @@ def _add_argument(group: argparse._ActionsContainer, name: str, field: dataclass
     help = f"{metadata.get('help', '')} ({'; '.join(words)})".replace("%", "%%")
     if metadata.get("positional"):
         group.add_argument(name, nargs="?", help=help)
-    elif annotation is bool:
+    elif annotation in (bool, bool | None):
         group.add_argument(f"--{name}", action=argparse.BooleanOptionalAction, help=help)
     elif metadata.get("repeatable"):
         group.add_argument(f"--{name}", action="append", metavar=_metavar(get_args(annotation)[0]), help=help)
@@ -105,7 +118,7 @@ def _unexpected_argument(extra: Sequence[str], cls: type) -> str:
         )
     hints, given = get_type_hints(cls), flags[0].split("=")[0]
     known = {name: f"--{name}" for name in ["config", *settings(cls)]}
-    known |= {f"no_{name}": f"--no-{name}" for name, hint in hints.items() if hint is bool}
+    known |= {f"no_{name}": f"--no-{name}" for name, hint in hints.items() if hint in (bool, bool | None)}
     return f"unknown flag {given}{did_you_mean(given[2:], known)}"
 
 

@@ -17,6 +17,9 @@ from hf_diffusion.config.coercion import allowed, coerce
 from hf_diffusion.files import write_whole
 
 
+RECIPES = (Path(__file__).resolve().parents[1] / "training" / "recipes").resolve()
+# The samples of a run have this seed and those after it, and torch takes 64 bits.
+HIGHEST_SEED = 2**63 - 1
 HOLDS = {
     "above": lambda number, bound: number > bound,
     "at least": lambda number, bound: number >= bound,
@@ -41,6 +44,8 @@ def option(
     below: float | None = None,
     at_most: float | None = None,
     tied: bool | None = True,
+    once: bool = False,
+    is_path: bool = False,
 ) -> Any:
     """One field of a configuration; without a default it is required.
 
@@ -50,6 +55,8 @@ def option(
     repeatable: for a tuple; each use of the flag adds one element, in which commas are just commas.
     tied: False lets a resumed run change a setting of the method, and says so; None is of no
     concern to training. See `resuming`.
+    once: the setting belongs to one start of a run; the file that repeats the run does not have it.
+    is_path: the text may be the path of a local file or folder, in which ~ is the user's home.
     """
     bounds = {"above": above, "at least": at_least, "below": below, "at most": at_most}
     metadata = {
@@ -59,6 +66,8 @@ def option(
         "repeatable": repeatable,
         "bounds": {word: bound for word, bound in bounds.items() if bound is not None},
         "tied": tied,
+        "once": once,
+        "is_path": is_path,
     }
     return dataclasses.field(default=default, metadata=metadata)
 
@@ -80,7 +89,42 @@ def typed(cls: type, values: dict[str, Any], place: str) -> dict[str, Any]:
         if name not in known:
             raise ValueError(f"{place.format(key)}: there is no such setting{did_you_mean(name, list(known))}")
         result[known[name].name] = coerce(value, hints[known[name].name], place.format(key))
+        if known[name].metadata.get("is_path") and isinstance(value, str) and result[known[name].name] is not None:
+            result[known[name].name] = os.path.expanduser(value)
     return result
+
+
+def take_over(cls: type, values: dict[str, Any], later: dict[str, Any]) -> dict[str, Any]:
+    """`values` with those of a later source above them.
+
+    A later source that chooses one of the class's `alternatives` takes back the others: a flag that
+    names a folder of images replaces the data set that a file names.
+    """
+    kept = dict(values)
+    for base in cls.__mro__:
+        for alternatives in vars(base).get("alternatives", ()):
+            chosen = [names for names in alternatives if later.get(names[0]) is not None]
+            former = [names for names in alternatives if names not in chosen and kept.get(names[0]) is not None]
+            if len(chosen) == 1 and former:
+                others = {name for names in former for name in names}
+                kept = {name: value for name, value in kept.items() if name not in others}
+    return kept | later
+
+
+def find_config(path: str | os.PathLike) -> Path:
+    """The file of this path, or the recipe of this name that comes with the package.
+
+    ValueError lists the recipes for a name that is neither.
+    """
+    path = Path(path).expanduser()
+    if path.exists():
+        return path
+    recipe = RECIPES / path.name
+    # Also by its place in the repository, as the documentation has it.
+    if recipe.is_file() and str(path.parent) in (".", "recipes", "training/recipes"):
+        return recipe
+    names = ", ".join(sorted(recipe.name for recipe in RECIPES.glob("*.yaml")))
+    raise ValueError(f"cannot read the configuration file {path}: No such file or directory; recipes by name: {names}")
 
 
 def read_config(cls: type, path: str | os.PathLike) -> dict[str, Any]:
@@ -88,6 +132,7 @@ def read_config(cls: type, path: str | os.PathLike) -> dict[str, Any]:
 
     ValueError names the file and the key.
     """
+    path = find_config(path)
     try:
         # BaseLoader leaves every scalar as text. YAML 1.1 reads 1e-4 as a string, `no` as False and
         # 010 as 8.
@@ -113,6 +158,13 @@ def config_to_dict(config: Any) -> dict[str, Any]:
     return {field.name: _plain(getattr(config, field.name)) for field in dataclasses.fields(config)}
 
 
+def lasting_settings(config: Any) -> dict[str, Any]:
+    """`config_to_dict` without what belongs to one start of a run: what repeats the run, and
+    nothing else."""
+    once = {field.name for field in dataclasses.fields(config) if field.metadata.get("once")}
+    return {name: value for name, value in config_to_dict(config).items() if name not in once}
+
+
 def config_to_yaml(config: Any | dict[str, Any]) -> str:
     """The text of a `--config` file that gives this configuration again."""
     values = config if isinstance(config, dict) else config_to_dict(config)
@@ -120,8 +172,8 @@ def config_to_yaml(config: Any | dict[str, Any]) -> str:
 
 
 def save_config(config: Any, path: str | os.PathLike) -> None:
-    """Write `config` as YAML, such that `--config path` reads exactly the same values."""
-    write_whole(path, f"# {type(config).__name__}, all fields\n{config_to_yaml(config)}")
+    """Write `config` as YAML, such that `--config path` reads the same values of all that lasts."""
+    write_whole(path, f"# {type(config).__name__}\n{config_to_yaml(lasting_settings(config))}")
 
 
 def check_fields(config: Any) -> None:
@@ -138,7 +190,9 @@ def check_fields(config: Any) -> None:
 
 def bounds_in_words(bounds: dict[str, float]) -> str:
     """The range of an option: "at least 0 and below 1"."""
-    return " and ".join(f"{word} {bound:g}" for word, bound in bounds.items())
+    return " and ".join(
+        f"{word} {bound if isinstance(bound, int) else f'{bound:g}'}" for word, bound in bounds.items()
+    )
 
 
 def did_you_mean(name: str, known: Sequence[str] | dict[str, str]) -> str:

@@ -13,7 +13,9 @@ KEPT_AS_TOTALS = ("train_batch_size", "gradient_accumulation_steps", "max_train_
 
 
 def tied_settings(config: Any) -> dict[str, Any]:
-    """The settings that must agree with the checkpoint's: all that a script adds, unless one says otherwise."""
+    """The settings that must agree with the checkpoint's: all that a script adds, unless one says
+    otherwise.
+    """
     values = config_to_dict(config)
     return {field.name: values[field.name] for field in dataclasses.fields(config) if _is_tied(config, field)}
 
@@ -35,13 +37,18 @@ def _is_tied(config: Any, field: dataclasses.Field) -> bool:
 
 
 def _of_the_family(config: Any, field: dataclasses.Field) -> bool:
-    """Whether the class that brought the setting leaves its settings tied; a later default changes nothing."""
+    """Whether the class that brought the setting leaves its settings tied.
+
+    A later default changes nothing.
+    """
     first = next(cls for cls in reversed(type(config).__mro__) if field.name in vars(cls).get("__annotations__", {}))
     return vars(first).get("settings_are_tied", True)
 
 
 def differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """In words, what differs among the settings that both know: a checkpoint of an earlier version knows fewer."""
+    """In words, what differs among the settings that both know: a checkpoint of an earlier version
+    knows fewer.
+    """
     return [
         f"{name} was {before[name]!r} and is {value!r}"
         for name, value in now.items()

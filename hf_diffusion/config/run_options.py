@@ -1,52 +1,99 @@
 """The settings of a run that all training scripts share; a script adds its own by a subclass.
 
-`parse_config(DDPMConfig)` reads them from `--config recipe.yaml` and the command line, `save_config` writes the file that
-gives the same run again. Flags have the names of diffusers' train_unconditional.py where it has one.
+`parse_config(DDPMConfig)` reads them from `--config recipe.yaml` and the command line,
+`save_config` writes the file that gives the same run again. Flags have the names of diffusers'
+train_unconditional.py where it has one.
 """
 
 import math
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
-from hf_diffusion.config.options import check_fields, option
+from hf_diffusion.config.options import HIGHEST_SEED, check_fields, option
+
+
+# Images up to this side are small.
+SMALL_SIDE = 64
 
 
 @dataclass(kw_only=True)
 class TrainingConfig:
-    """Optimizer, averaging, precision, logging and checkpoints of one training run, and what its family is."""
+    """Optimizer, averaging, precision, logging and checkpoints of one training run, and what its
+    family is.
+    """
 
     # What a family says of itself, for its card and its checkpoints.
     method: ClassVar[str] = ""
     kind: ClassVar[str] = "diffusion model"
     tags: ClassVar[tuple[str, ...]] = ()
-    # The Hub's task, such as image-classification; None where it follows from the data that a pipeline draws.
+    # The Hub's task, such as image-classification; None where it follows from the data that a
+    # pipeline draws.
     task: ClassVar[str | None] = None
-    # A template in model_cards/ that tells how to use a network that is saved alone; None for a pipeline.
+    # A template in model_cards/ that tells how to use a network that is saved alone; None for a
+    # pipeline.
     usage_template: ClassVar[str | None] = None
+    # The settings that a file or a flag gives, in place of defaults.
+    given: ClassVar[frozenset[str]] = frozenset()
+    # Set on a configuration whose `init_from` was followed; a script that knows none must not pass
+    # over it.
+    is_started: ClassVar[bool] = False
     # A checkpoint is tied to every setting of a class that does not say otherwise.
     settings_are_tied: ClassVar[bool] = False
+    # Of the first setting of each alternative, one is given; a flag that chooses one takes back
+    # what a file gives.
+    alternatives: ClassVar[tuple] = ((("max_train_steps",), ("num_epochs",)),)
 
-    output_dir: str = option("runs/model", "folder for checkpoints, samples, logs and the final model", group="run")
-    # Without it, a folder that holds another run is refused: nobody loses a finished model to a repeated command.
-    overwrite_output_dir: bool = option(False, "begin anew in an output_dir that already holds a run")
-    # Never random: every draw of a run follows from the seed and the step, which is what makes a resumed run the same run.
-    seed: int = option(0, "seed of the initial weights, the order of the images, timesteps and noise", at_least=0)
-    dry_run: bool = option(
-        False, "show settings, sizes and a grid of training images, then stop before the first step"
+    output_dir: str = option(
+        "runs/model", "folder for checkpoints, samples, logs and the final model", group="run", is_path=True
     )
-    traceback: bool = option(False, "on an error, show where in the code it arose")
+    # Without it, a folder that holds another run is refused: nobody loses a finished model to a
+    # repeated command.
+    overwrite_output_dir: bool = option(
+        False, "begin anew in an output_dir that already holds a run; resume_from_checkpoint wins over it", once=True
+    )
+    preset: Literal["fast", "standard"] | None = option(
+        None,
+        "settings of the network and its training that suit this size of images: fast for a CPU or a first try, "
+        "standard "
+        "for a GPU; settings that are given stand above it",
+    )
+    init_from: str | None = option(
+        None,
+        "start from the network of this pipeline, model or checkpoint, a folder or Hub id: its shape then replaces "
+        "the "
+        "options of the network",
+        is_path=True,
+    )
+    # Never random: every draw of a run follows from the seed and the step, which is what makes a
+    # resumed run the same run.
+    seed: int = option(
+        0,
+        "seed of the initial weights, the order of the images, timesteps and noise",
+        at_least=0,
+        at_most=HIGHEST_SEED,
+    )
+    dry_run: bool = option(
+        False, "show settings, sizes and a grid of training images, then stop before the first step", once=True
+    )
+    traceback: bool = option(False, "on an error, show where in the code it arose", once=True)
 
     train_batch_size: int = option(16, "images for each process and micro step", at_least=1, group="optimization")
     gradient_accumulation_steps: int = option(1, "micro steps that make one optimizer step", at_least=1)
-    # Exclusive: with both given, one of them would be ignored. Steps are what the schedule and the logs count.
+    # Exclusive: with both given, one of them would be ignored. Steps are what the schedule and the
+    # logs count.
     max_train_steps: int | None = option(None, "length of the training in optimizer steps", at_least=1)
     num_epochs: int | None = option(
         None, "length of the training in passes over the data, instead of max_train_steps", at_least=1
     )
-    # The rate of the published U-Nets at batch 128 and above; small networks on small images take up to 1e-3.
-    learning_rate: float = option(1e-4, "highest learning rate", above=0)
-    # Constant and then down to 0: the decay takes out the noise that a constant rate leaves in the weights, and the length of
-    # the run need not be known until the decay begins.
+    # Networks for small images learn fastest at 1e-3, those of the published U-Nets for large ones
+    # at 1e-4.
+    learning_rate: float | None = option(
+        None,
+        f"highest learning rate; none takes 1e-3 up to {SMALL_SIDE} pixels a side and for points, else 1e-4",
+        above=0,
+    )
+    # Constant and then down to 0: the decay takes out the noise that a constant rate leaves in the
+    # weights, and the length of the run need not be known until the decay begins.
     lr_scheduler: Literal["constant", "linear", "cosine", "trapezoid"] = option(
         "trapezoid", "shape of the learning rate after the warm-up; trapezoid is constant, then linear to 0"
     )
@@ -60,7 +107,8 @@ class TrainingConfig:
     )
     adam_beta1: float = option(0.9, "decay of AdamW's mean of the gradients", at_least=0, below=1)
     adam_beta2: float = option(0.999, "decay of AdamW's mean of the squared gradients", at_least=0, below=1)
-    # 0 as in the published recipes: the average over the weights already keeps the sampled network smooth.
+    # 0 as in the published recipes: the average over the weights already keeps the sampled network
+    # smooth.
     adam_weight_decay: float = option(0.0, "weight decay of AdamW", at_least=0)
     adam_epsilon: float = option(1e-8, "epsilon of AdamW", above=0)
     max_grad_norm: float | None = option(1.0, "norm to which gradients are clipped; none does not clip", above=0)
@@ -69,35 +117,46 @@ class TrainingConfig:
         10, "stop after so many steps in a row whose loss is not finite; fewer are skipped", at_least=1
     )
 
-    # Samples of the averaged weights are much better than those of the last ones, at the price of one copy of the weights.
+    # Samples of the averaged weights are much better than those of the last ones, at the price of
+    # one copy of the weights.
     use_ema: bool = option(
         True, "keep an exponential moving average of the weights, and sample and export from it", group="averaging"
     )
     ema_max_decay: float = option(
         0.9999, "highest decay of the average; a short run wants less, such as 0.999", at_least=0, below=1
     )
-    # The decay at step n is 1 - (1 + n / inv_gamma) ** -power, so that the first, random weights are forgotten soon.
+    # The decay at step n is 1 - (1 + n / inv_gamma) ** -power, so that the first, random weights
+    # are forgotten soon.
     ema_inv_gamma: float = option(1.0, "steps after which the warm-up of the average takes hold", above=0)
     ema_power: float = option(
         0.75, "exponent of that warm-up; 2/3 for a million steps and more, 3/4 for fewer", above=0, at_most=1
     )
 
-    # bf16 needs no loss scaling and the accelerators of recent years have it; fp16 is for those that do not.
-    mixed_precision: Literal["no", "fp16", "bf16"] = option(
-        "no", "precision of the network's arithmetic", group="speed and memory"
+    # bf16 needs no loss scaling and the accelerators of recent years have it; fp16 is for those
+    # that do not.
+    mixed_precision: Literal["no", "fp16", "bf16"] | None = option(
+        None,
+        "precision of the network's arithmetic; none takes that of accelerate launch, or else no",
+        group="speed and memory",
     )
     allow_tf32: bool = option(False, "let float32 products use TF32 on NVIDIA GPUs: faster, with 10 bits of mantissa")
     gradient_checkpointing: bool = option(
         False, "recompute activations in the backward pass: less memory for one more forward pass"
     )
-    torch_compile: bool = option(False, "compile the network: a minute or more at the start, faster steps afterwards")
+    torch_compile: bool | None = option(
+        None,
+        "compile the network: a minute or more at the start, faster steps afterwards; none goes by the dynamo_backend "
+        "of accelerate launch",
+    )
     channels_last: bool = option(
         False, "store images channel by channel last: for GPUs with half precision; slower on CPUs"
     )
-    # Decoded images are kept in memory where they fit, and then worker processes cost more than they bring.
+    # Decoded images are kept in memory where they fit, and then worker processes cost more than
+    # they bring.
     dataloader_num_workers: int = option(0, "processes that read images ahead of the training", at_least=0)
 
-    # Several at once are allowed. Metrics always go to output_dir/metrics.jsonl too, so none loses nothing.
+    # Several at once are allowed. Metrics always go to output_dir/metrics.jsonl too, so none loses
+    # nothing.
     report_to: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = option(
         (), "experiment trackers, separated by commas", group="logging and checkpoints"
     )
@@ -106,7 +165,8 @@ class TrainingConfig:
         1000, "draw a grid of samples after so many optimizer steps; none draws none", at_least=1
     )
     num_sample_images: int = option(64, "images in such a grid", at_least=1)
-    # What is measured is a setting of the script: a loss on held-out images, distances of samples to real ones.
+    # What is measured is a setting of the script: a loss on held-out images, distances of samples
+    # to real ones.
     eval_steps: int | None = option(
         1000,
         "measure after so many optimizer steps, where there is something to measure; none only at the end",
@@ -116,12 +176,16 @@ class TrainingConfig:
         None, "keep the model with the best value of this measure, by its name in metrics.jsonl, in output_dir/best"
     )
     checkpointing_steps: int = option(1000, "write a checkpoint after so many optimizer steps", at_least=1)
-    # Two: a full disk ends a run, and the one before the newest is there when the newest proves unusable.
+    # Two: a full disk ends a run, and the one before the newest is there when the newest proves
+    # unusable.
     checkpoints_total_limit: int | None = option(
         2, "keep only so many of the newest checkpoints; none keeps all", at_least=1
     )
     resume_from_checkpoint: str | None = option(
-        None, "`latest`, the folder of a checkpoint to go on from, or `hub` for the one that was pushed"
+        None,
+        "`latest`, the folder of a checkpoint to go on from, or `hub` for the one that was pushed",
+        once=True,
+        is_path=True,
     )
 
     push_to_hub: bool = option(
@@ -132,22 +196,55 @@ class TrainingConfig:
     hub_strategy: Literal["end", "every_save", "checkpoint"] = option(
         "end", "push at the end, or with every save, or with every save and the state to resume from"
     )
-    # Private, since publishing cannot be undone, and samples may show more of the training data than one thinks.
+    # Private, since publishing cannot be undone, and samples may show more of the training data
+    # than one thinks.
     hub_public: bool = option(False, "let everybody see a repository that this run creates")
     hub_license: str | None = option(
         None, "licence of the weights, for the card: an id of the Hub such as mit or cc-by-4.0; none states none"
     )
 
     def papers(self) -> tuple[str, ...]:
-        """What a run with these settings rests on: keys of cards/papers.bib, or whole BibTeX entries."""
+        """What a run with these settings rests on: keys of cards/papers.bib, or whole BibTeX
+        entries.
+        """
         return ()
 
     def sampling_options(self) -> dict[str, Any]:
-        """The arguments of the pipeline's call with which the run draws its samples, beside labels and seeds."""
+        """The arguments of the pipeline's call with which the run draws its samples, beside labels
+        and seeds.
+        """
         return {}
 
+    def settle(self, sample_shape: tuple[int, ...]) -> None:
+        """Give the settings that go by the data their values: those of the preset that nobody has
+        given, the rate.
+        """
+        if self.preset is not None:
+            for name, value in self.preset_settings(sample_shape).items():
+                if name not in self.given:
+                    setattr(self, name, value)
+        if self.learning_rate is None:
+            is_small = max(sample_shape[1:], default=1) <= SMALL_SIDE
+            self.learning_rate = 1e-3 if is_small else 1e-4
+
+    def preset_settings(self, sample_shape: tuple[int, ...]) -> dict[str, Any]:
+        """What `preset` means for samples of a shape.
+
+        Families with a network of their own say more.
+        """
+        return {"train_batch_size": 64, "ema_max_decay": 0.999 if self.preset == "standard" else 0.995}
+
+    @property
+    def overwrites(self) -> bool:
+        """Whether a run that the folder holds is to be replaced.
+
+        One that can be gone on with is not.
+        """
+        return self.overwrite_output_dir and self.resume_from_checkpoint is None
+
     def validate(self) -> None:
-        """ValueError, in one sentence, at the first setting that is out of range or contradicts another.
+        """ValueError, in one sentence, at the first setting that is out of range or contradicts
+        another.
 
         Each group of options has a `check` of its own.
         """
@@ -159,10 +256,6 @@ class TrainingConfig:
     def check(self) -> None:
         """ValueError for settings of a run that contradict each other."""
         check_exclusive(self, "max_train_steps", "num_epochs", "how long to train")
-        if self.overwrite_output_dir and self.resume_from_checkpoint:
-            raise ValueError(
-                "overwrite_output_dir deletes what resume_from_checkpoint would go on from; give one of them"
-            )
         if not self.output_dir:
             raise ValueError("output_dir is empty; give a folder")
         if self.resume_from_checkpoint == "hub" and not self.hub_model_id and not self.push_to_hub:
@@ -174,7 +267,10 @@ class TrainingConfig:
             )
 
     def total_steps(self, images: int | None, processes: int) -> int:
-        """Optimizer steps of the run; `num_epochs` passes over `images` are rounded up to whole steps."""
+        """Optimizer steps of the run.
+
+        `num_epochs` passes over `images` are rounded up to whole steps.
+        """
         if self.max_train_steps is not None:
             return self.max_train_steps
         return math.ceil(self.num_epochs * images / self.global_batch(processes))

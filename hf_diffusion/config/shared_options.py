@@ -1,4 +1,7 @@
-"""Groups of options that several training scripts mix into their configuration; each checks its own."""
+"""Groups of options that several training scripts mix into their configuration.
+
+Each checks its own.
+"""
 
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar, Literal
@@ -13,20 +16,37 @@ class DataOptions:
 
     # The fingerprint of the data ties a checkpoint to them.
     settings_are_tied: ClassVar[bool] = False
+    # With the columns, whose names belong to the data.
+    alternatives: ClassVar[tuple] = (
+        (
+            ("dataset_name", "dataset_config_name", "image_column", "label_column"),
+            ("train_data_dir", "image_column", "label_column"),
+        ),
+    )
 
-    # A Hub id, or the digits that scikit-learn carries: a first run needs neither a network nor a folder of images.
-    dataset_name: str | None = option(None, "data set on the Hub, or `digits` (8x8, no network needed)", group="data")
+    # A Hub id, or the digits that scikit-learn carries: a first run needs neither a network nor a
+    # folder of images.
+    dataset_name: str | None = option(
+        None, "data set on the Hub, or `digits` (8x8, no network needed)", group="data", is_path=True
+    )
     dataset_config_name: str | None = option(None, "configuration of the data set on the Hub, where it has several")
-    # Exclusive with dataset_name: a folder that silently lost against a Hub id would train on the wrong images.
+    # Exclusive with dataset_name: a folder that silently lost against a Hub id would train on the
+    # wrong images.
     train_data_dir: str | None = option(
-        None, "folder of images (folders in it are classes) or of parquet files, or one .parquet or .zip file"
+        None,
+        "folder of images (folders in it are classes) or of parquet files, or one .parquet or .zip file",
+        is_path=True,
     )
     split: str = option("train", "split of the data set to train on")
-    cache_dir: str | None = option(None, "where downloaded data are kept instead of the cache of datasets")
+    cache_dir: str | None = option(
+        None, "where downloaded data are kept instead of the cache of datasets", is_path=True
+    )
     image_column: str | None = option(None, "column that holds the image; none finds it by its type")
-    # The names of the classes come along; whether the network learns classes is a setting of the script.
+    # The names of the classes come along; whether the network learns classes is a setting of the
+    # script.
     label_column: str = option("auto", "column that holds the class; auto finds it by its type, none takes no classes")
-    # None keeps the size of the data, which for small data sets is what one wants and for mixed sizes is an error that says so.
+    # None keeps the size of the data, which for small data sets is what one wants and for mixed
+    # sizes is an error that says so.
     resolution: int | tuple[int, int] | None = option(
         None, "size of the images, 32 or HEIGHTxWIDTH; none keeps the size of the data", at_least=1
     )
@@ -36,10 +56,12 @@ class DataOptions:
         "white", "colour that transparent images are laid on where channels is not 4, by name or as #rrggbb"
     )
     center_crop: bool = option(True, "crop the middle after resizing the shorter side, instead of a crop at random")
-    # Off, since mirrored digits, letters and medical images are wrong images; recipes for photographs turn it on.
+    # Off, since mirrored digits, letters and medical images are wrong images; recipes for
+    # photographs turn it on.
     random_flip: bool = option(False, "mirror half of the images, chosen anew in each epoch")
     max_train_samples: int | None = option(None, "use only so many images", at_least=1)
-    # A few broken files in a scraped folder are normal; many of them mean that the folder is not what it was taken for.
+    # A few broken files in a scraped folder are normal; many of them mean that the folder is not
+    # what it was taken for.
     max_bad_images: int = option(
         100, "stop when more images than this cannot be read; fewer are skipped and counted", at_least=0
     )
@@ -73,7 +95,10 @@ class ClassOptions:
     )
 
     def num_class_embeds(self, data: Any) -> int | None:
-        """How many classes the network knows; ValueError for data without labels, None if it is to know none."""
+        """How many classes the network knows.
+
+        ValueError for data without labels, None if it is to know none.
+        """
         if self.class_conditional and not data.num_classes:
             raise ValueError(
                 f"class_conditional is set, but {data.name} has no labels; "
@@ -94,12 +119,14 @@ class MeasureOptions:
         "measures of samples at every eval_steps: Frechet and kernel distance, precision and recall, label accuracy",
         group="evaluation",
     )
-    # A distance needs more images than the features have dimensions, and its value holds for this number only.
+    # A distance needs more images than the features have dimensions, and its value holds for this
+    # number only.
     eval_num_images: int = option(1000, "images drawn for eval_metrics, by all processes together", at_least=1)
     eval_features: str = option(
         "pixels",
         "network that images are compared in: pixels, inception, trained (a small classifier of the data), or a "
         "file, as in hf-diffusion evaluate",
+        is_path=True,
     )
     eval_batch_size: int = option(64, "images that a process draws or measures at a time", at_least=1)
     # The training loss falls for a model that learns its images by heart, too; this one rises.
@@ -155,11 +182,28 @@ class UNetOptions:
     num_head_channels: int = option(32, "width of an attention head", at_least=1)
     norm_num_groups: int = option(32, "groups of the group norms; must divide every width", at_least=1)
     dropout: float = option(0.0, "dropout in the residual blocks", at_least=0, below=1)
-    # 2x2 pixels become channels at the network's two ends: a quarter of the positions, several times the speed.
+    # 2x2 pixels become channels at the network's two ends: a quarter of the positions, several
+    # times the speed.
     patch_size: int = option(1, "side of the pixel patches that the network works on", at_least=1)
 
+    def preset_settings(self, sample_shape: tuple[int, ...]) -> dict[str, Any]:
+        """Of fast: half the width, on patches where the sides allow it, which is a small part of
+        the work.
+        """
+        settings = super().preset_settings(sample_shape)
+        if self.preset == "fast":
+            even = (
+                len(sample_shape) == 3
+                and not any(side % 4 for side in sample_shape[1:])
+                and min(sample_shape[1:]) > 16
+            )
+            return {**settings, "model_channels": 32, "num_res_blocks": 1, "patch_size": 2 if even else 1}
+        return {**settings, "model_channels": 64, "num_res_blocks": 2, "patch_size": 1}
+
     def mlp_shape(self, sample_shape: tuple[int, ...]) -> dict[str, Any]:
-        """The arguments of a network for points of a shape (D,): as wide as model_channels, as deep as its blocks."""
+        """The arguments of a network for points of a shape (D,): as wide as model_channels, as deep
+        as its blocks.
+        """
         return {
             "in_channels": sample_shape[0],
             "model_channels": self.model_channels,
@@ -187,7 +231,9 @@ class UNetOptions:
 
 
 def levels_for(side: int) -> tuple[float, ...]:
-    """Width multipliers for images of so many positions a side: levels down to 4 or 8 positions, as ADM has them."""
+    """Width multipliers for images of so many positions a side: levels down to 4 or 8 positions, as
+    ADM has them.
+    """
     for smallest, multipliers in (
         (192, (1, 1, 2, 2, 4, 4)),
         (96, (1, 1, 2, 3, 4)),

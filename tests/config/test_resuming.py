@@ -1,4 +1,7 @@
-"""Which settings a checkpoint is tied to: those of the method and the networks, but for what one turns on advice of the run itself."""
+"""Which settings a checkpoint is tied to: those of the method and the networks.
+
+What one turns on advice of the run itself is free.
+"""
 
 from hf_diffusion.config.resuming import changeable_settings, differences, tied_settings
 from hf_diffusion.training.train_classifier import ClassifierConfig

@@ -206,9 +206,8 @@ def test_the_first_frame_of_an_animation_and_the_exif_orientation_count(tmp_path
 def test_resizing_keeps_the_aspect_and_crops_the_middle(size, target):
     y, x = np.mgrid[: size[0], : size[1]]
     ramp = np.stack([x + 0.5, y + 0.5], -1)  # every pixel holds its own place
-    scale = min(
-        size[0] / target[0], size[1] / target[1]
-    )  # source pixels for one of the target, the same along both axes
+    # Source pixels for one of the target, the same along both axes.
+    scale = min(size[0] / target[0], size[1] / target[1])
     for axis, (length, wanted) in enumerate(((size[1], target[1]), (size[0], target[0]))):
         channel = Image.fromarray((ramp[..., axis] * 1000).astype(np.int32))  # mode I: 32 bits, so no rounding to 8
         out = to_pixels(channel, ImageTransform(1, target, 16, True, True), "it")[0] / 1000
