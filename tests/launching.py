@@ -1,7 +1,4 @@
-"""Other processes for the tests.
-
-Claims of a child, `accelerate launch` on the CPU, forks to kill.
-"""
+"""Other processes for the tests: claims of a child, `accelerate launch` on the CPU, forks."""
 
 import json
 import multiprocessing
@@ -17,6 +14,8 @@ from typing import Any
 
 import torch
 from accelerate.state import AcceleratorState, GradientState
+
+from tests.nursery import nursery_for
 
 
 REPO = Path(__file__).resolve().parents[1]
@@ -49,40 +48,47 @@ def run_claims(
     cwd: str | Path | None = None,
     env: Mapping[str, str] | None = None,
     with_package: bool = True,
-    timeout: float = 300,
+    timeout: int = 300,
+    anew: bool = False,
 ) -> dict[str, Any]:
-    """Run `source` in one fresh Python process and return its dict `claims`, carried as JSON.
+    """Run `source` in a process of its own and return its dict `claims`, carried as JSON.
 
-    A fresh process costs 6 CPU s of imports. So a test file starts one, in a module-scoped fixture,
-    and each test looks at one claim of it:
+        import hf_diffusion
+        claims["classes"] = sorted(hf_diffusion.__all__)
+        @claim
+        def empty_folder():
+            return hf_diffusion.DDGANPipeline.from_pretrained("empty").num_classes
 
-    CHILD = ''' import hf_diffusion claims["classes"] = sorted(hf_diffusion.__all__) @claim  #
-    claims["empty_folder"] is what it returns, or "OSError: its message" def empty_folder(): return
-    hf_diffusion.DDGANPipeline.from_pretrained("empty").num_classes '''
+    claims["empty_folder"] is then what the function returns, or "OSError: " and its message.
 
-    @pytest.fixture(scope="module") def claims(tmp_path_factory): return run_claims(CHILD)
-
+    The process has imported diffusers, and nothing of this package; see `tests.nursery`. With
+    `anew` Python has imported nothing, which costs 6 CPU s where `source` needs diffusers.
     `env` is added to this process's environment. `with_package=False` makes `import hf_diffusion`
-    fail in the child. The child reaches loopback only. It has as many threads as this process,
-    since sums over more threads round otherwise. AssertionError with its output if it does not end
-    well.
+    fail. The process reaches loopback only. It has as many threads as this one, since sums over
+    more threads round otherwise. AssertionError with its output if it does not end well.
     """
-    threads = {"OMP_NUM_THREADS": str(torch.get_num_threads()), "ACCELERATE_USE_CPU": "true"}
-    path = {"PYTHONPATH": str(REPO) if with_package else ""}
+    env = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads()), "ACCELERATE_USE_CPU": "true", **(env or {})}
+    paths = [str(REPO)] if with_package else []
     blocked = "" if with_package else 'sys.modules["hf_diffusion"] = None  # its import raises ModuleNotFoundError\n'
     with tempfile.TemporaryDirectory() as folder:
         script, result = Path(folder, "child.py"), Path(folder, "claims.json")
         ending = f"\nPath({str(result)!r}).write_text(json.dumps(claims))\n"
         script.write_text(PREAMBLE + blocked + textwrap.dedent(source) + ending)
-        done = subprocess.run(
-            [sys.executable, str(script)],
-            cwd=cwd or folder,
-            env={**os.environ, **threads, **path, **(env or {})},
-            capture_output=True,
-            text=True,
-            timeout=timeout,
-        )
-        assert done.returncode == 0, f"a child process failed:\n{done.stdout}{done.stderr}"
+        cwd = cwd or folder
+        if anew:
+            done = subprocess.run(
+                [sys.executable, str(script)],
+                cwd=cwd,
+                env={**env, "PYTHONPATH": os.pathsep.join(paths)},
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+                timeout=timeout,
+            )
+            status, said = done.returncode, done.stdout
+        else:
+            status, said = nursery_for(env).run(script, cwd, env, paths, timeout)
+        assert status == 0, f"a child process failed:\n{said}"
         return json.loads(result.read_text())
 
 
@@ -111,10 +117,7 @@ def free_port() -> int:
 
 
 def forked(main: Callable[[list[str]], int], flags: list[str], log: Path) -> multiprocessing.Process:
-    """`main(flags)` in a fork of a process that has imported torch but not used it.
-
-    It starts fast.
-    """
+    """`main(flags)` in a fork of a process that has imported torch but not used it: fast."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([main.__module__])
     process = context.Process(target=_logged, args=(main, flags, log))
