@@ -1,1 +1,3 @@
-"""The one training loop, and what surrounds an optimizer step: checkpoints, averages, signals, previews, reports."""
+"""The one training loop, and what surrounds an optimizer step: checkpoints, averages, signals,
+previews, reports.
+"""

@@ -1,6 +1,7 @@
 """The average of the weights, and copies of the network that users get."""
 
 from collections.abc import Iterable
+from typing import Any
 
 from accelerate import Accelerator
 from diffusers.training_utils import EMAModel
@@ -12,9 +13,11 @@ from hf_diffusion.loop.engines import full_tensor, parallelism, written_class
 
 
 class AveragedWeights(EMAModel):
-    """The exponential moving average of diffusers; of sharded weights a process averages its own shards.
+    """The exponential moving average of diffusers; of sharded weights a process averages its own
+    shards.
 
-    That needs no communication. The state holds whole tensors, so it does not depend on how many processes wrote it.
+    That needs no communication. The state holds whole tensors, so it does not depend on how many
+    processes wrote it.
     """
 
     def __init__(self, parameters: Iterable[nn.Parameter], **options):
@@ -61,12 +64,17 @@ class AveragedWeights(EMAModel):
 
 
 def _own_shards(parameters: Iterable[nn.Parameter]) -> list[Tensor]:
-    """The parts of the parameters that this process holds; views of them, marked as trainable like the whole."""
+    """The parts of the parameters that this process holds.
+
+    Views of them, marked as trainable like the whole.
+    """
     return [p.to_local().detach().requires_grad_(p.requires_grad) if isinstance(p, DTensor) else p for p in parameters]
 
 
 class SharedNetwork:
-    """The network that users get, as copies: the weights in training are never swapped, so they cannot be mixed up."""
+    """The network that users get, as copies: the weights in training are never swapped, so they
+    cannot be mixed up.
+    """
 
     def __init__(self, config: TrainingConfig, accelerator: Accelerator, network: nn.Module):
         self.accelerator, self.network = accelerator, network
@@ -80,12 +88,17 @@ class SharedNetwork:
                 power=config.ema_power,
                 foreach=True,
             )
-            accelerator.register_for_checkpointing(self.average)
 
     @property
     def parameters(self) -> int:
         """How many parameters it has."""
         return sum(p.numel() for p in self.network.parameters())
+
+    def description(self) -> dict[str, Any]:
+        """Class and settings of the network, with which others can build it again."""
+        source = self.accelerator.unwrap_model(self.network)
+        config = {name: value for name, value in source.config.items() if not name.startswith("_")}
+        return {"class": written_class(source).__name__, "config": config}
 
     @property
     def is_sharded(self) -> bool:
@@ -112,7 +125,10 @@ class SharedNetwork:
         return network.eval().requires_grad_(False)
 
     def copies(self) -> dict[str, nn.Module]:
-        """Both copies by name, on the main process; on others, too, where they must ask for them together."""
+        """Both copies by name, on the main process.
+
+        On others, too, where they must ask for them together.
+        """
         if not self.accelerator.is_main_process and not self.is_sharded:
             return {}
         return {"raw": self.raw_copy()} | ({"ema": self.copy()} if self.average is not None else {})

@@ -14,16 +14,19 @@ from hf_diffusion.evaluation.report import write_metrics
 
 logger = logging.getLogger(__name__)
 FOLDER, RECORD = "best", "best.json"
-# What two values of a measure must share to be compared; the weights differ, and the device and the chunks change the last digits only.
+# What two values of a measure must share to be compared; the weights differ, and the device and the
+# chunks change the last digits only.
 COMPARED = ("count", "seeds", "images_of_class", "features", "reference", "held_out", "noise_seed")
 COMPARED_OF_SAMPLING = ("pipeline", "sampler", "sampler_config", "options")
 
 
 class BestModel:
-    """`best/` of a run: the model with the best value of `metric` so far, and best.json with its step, measures and protocol.
+    """`best/` of a run: the model with the best value of `metric` so far, and best.json with its
+    step, measures and protocol.
 
-    The folder is its own memory: a resumed run compares with the value in it, as long as both were measured under one protocol. It is replaced as a
-    whole; what a kill leaves half done is completed or taken back here. For the main process only.
+    The folder is its own memory: a resumed run compares with the value in it, as long as both were
+    measured under one protocol. It is replaced as a whole; what a kill leaves half done is
+    completed or taken back here. For the main process only.
     """
 
     def __init__(self, output_dir: Path, metric: str):
@@ -40,9 +43,11 @@ class BestModel:
             return None
 
     def offer(self, step: int, evaluations: Sequence[Evaluation], export: Callable[[Path], None]) -> float | None:
-        """Keep the model, written by `export(folder)`, if it is better than the one in the folder; its value if so, else None.
+        """Keep the model, written by `export(folder)`, if it is better than the one in the folder;
+        its value if so, else None.
 
-        A folder that cannot be written, say on a full disk, is a warning: the former one stays, and training goes on.
+        A folder that cannot be written, say on a full disk, is a warning: the former one stays, and
+        training goes on.
         """
         evaluation = next(evaluation for evaluation in evaluations if self.metric in evaluation.measures)
         measure, protocol = evaluation.measures[self.metric], evaluation.protocol

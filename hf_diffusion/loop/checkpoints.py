@@ -1,11 +1,13 @@
-"""Checkpoints that are either whole or not there: staged, checksummed, renamed, rotated, and verified before use."""
+"""Checkpoints that are either whole or not there: staged, checksummed, renamed, rotated, and
+verified before use.
+"""
 
 import json
 import logging
 import os
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ from safetensors import SafetensorError
 from hf_diffusion.config.resuming import differences
 from hf_diffusion.files import sha256
 from hf_diffusion.loop.engines import DATA_PARALLEL, SHARDED
+from hf_diffusion.loop.states import Stateful, write_state
 
 
 logger = logging.getLogger(__name__)
@@ -32,15 +35,30 @@ class SaveFailed(OSError):
     """A checkpoint that could not be written; those before it are as they were."""
 
 
-def save_checkpoint(accelerator: Accelerator, output_dir: Path, step: int, run: dict, limit: int | None) -> Path:
+def save_checkpoint(
+    accelerator: Accelerator,
+    output_dir: Path,
+    step: int,
+    run: dict,
+    limit: int | None,
+    states: Mapping[str, Stateful] | None = None,
+) -> Path:
     """Write `checkpoint-<step>` on all processes together and drop the oldest beyond `limit`.
 
-    The state goes to a hidden folder first, is described by a manifest with a checksum of every file, and is renamed at the end, so that a kill
-    at any moment leaves the former checkpoints as they were. `run` is what `check_same_run` compares. SaveFailed, on all processes, where one of
-    them cannot write.
+    The state goes to a hidden folder first, is described by a manifest with a checksum of every
+    file, and is renamed at the end, so that a kill at any moment leaves the former checkpoints as
+    they were. `run` is what `check_same_run` compares, `states` is what there is beside networks
+    and optimizers. SaveFailed, on all processes, where one of them cannot write.
     """
     target = output_dir / f"checkpoint-{step:08d}"
     staging = output_dir / f".{target.name}.partial"
+
+    def write() -> None:
+        accelerator.save_state(str(staging), safe_serialization=True)
+        # sharded ones come together only where all processes ask
+        found = {name: stateful.state_dict() for name, stateful in (states or {}).items()}
+        for name, state in found.items() if accelerator.is_main_process else ():
+            write_state(staging, name, state)
 
     def seal() -> None:
         _seal(staging, {"step": step, **run})
@@ -53,13 +71,16 @@ def save_checkpoint(accelerator: Accelerator, output_dir: Path, step: int, run: 
     if accelerator.is_main_process:
         _remove_leftovers(output_dir)
     accelerator.wait_for_everyone()
-    _all_or_none(accelerator, staging, lambda: accelerator.save_state(str(staging), safe_serialization=True))
+    _all_or_none(accelerator, staging, write)
     _all_or_none(accelerator, staging, seal if accelerator.is_main_process else lambda: None)
     return target
 
 
 def _all_or_none(accelerator: Accelerator, staging: Path, write: Callable[[], Any]) -> None:
-    """Call `write`; if a process cannot write, remove what is written and raise SaveFailed on all of them."""
+    """Call `write`.
+
+    If a process cannot write, remove what is written and raise SaveFailed on all of them.
+    """
     reason = None
     try:
         write()
@@ -68,7 +89,8 @@ def _all_or_none(accelerator: Accelerator, staging: Path, write: Callable[[], An
         if reason is None:
             raise
         problem = error
-    # A sharded state is written with collectives in between, at which the others wait: nothing can be agreed upon, the launcher ends them.
+    # A sharded state is written with collectives in between, at which the others wait: nothing can
+    # be agreed upon, the launcher ends them.
     together = accelerator.num_processes > 1 and accelerator.distributed_type not in SHARDED
     failed = reason is not None
     if together:
@@ -81,7 +103,8 @@ def _all_or_none(accelerator: Accelerator, staging: Path, write: Callable[[], An
     free = shutil.disk_usage(staging.parent).free / 2**20
     newest = latest_checkpoint(staging.parent)
     raise SaveFailed(
-        f"the checkpoint {staging.name.removeprefix('.').removesuffix('.partial')} could not be written to {staging.parent}: "
+        f"the checkpoint {staging.name.removeprefix('.').removesuffix('.partial')} could not be written to "
+        f"{staging.parent}: "
         f"{reason or 'another process could not write its part'} ({free:,.0f} MiB are free there); "
         + (
             f"the newest whole one, {newest.name}, is untouched: make room and "
@@ -93,7 +116,10 @@ def _all_or_none(accelerator: Accelerator, staging: Path, write: Callable[[], An
 
 
 def write_failure(error: Exception) -> str | None:
-    """Why a file could not be written, in words; None for an exception that is about something else."""
+    """Why a file could not be written, in words.
+
+    None for an exception that is about something else.
+    """
     text = str(error)
     if isinstance(error, OSError):
         return error.strerror or text
@@ -134,7 +160,10 @@ def list_checkpoints(output_dir: Path) -> list[Path]:
 
 
 def latest_checkpoint(output_dir: Path) -> Path | None:
-    """The newest checkpoint whose files all match their checksums; damaged ones are passed over with a warning."""
+    """The newest checkpoint whose files all match their checksums.
+
+    Damaged ones are passed over with a warning.
+    """
     for folder in reversed(list_checkpoints(output_dir)):
         try:
             read_manifest(folder)
@@ -145,7 +174,10 @@ def latest_checkpoint(output_dir: Path) -> Path | None:
 
 
 def read_manifest(folder: Path) -> dict:
-    """The manifest of a checkpoint after comparing every file with it; BadCheckpoint says what is missing or damaged."""
+    """The manifest of a checkpoint after comparing every file with it.
+
+    BadCheckpoint says what is missing or damaged.
+    """
     try:
         manifest = json.loads((folder / MANIFEST).read_text())
         files = dict(manifest["files"])
@@ -164,7 +196,8 @@ def read_manifest(folder: Path) -> dict:
 
 
 def find_checkpoint(output_dir: Path, asked: str) -> Path | None:
-    """The checkpoint that `--resume_from_checkpoint` means: `latest` (None where there is none yet) or a folder.
+    """The checkpoint that `--resume_from_checkpoint` means: `latest` (None where there is none yet)
+    or a folder.
 
     `hub` is the latest, too: the one of the Hub has been put beside the others by then.
     """
@@ -174,7 +207,8 @@ def find_checkpoint(output_dir: Path, asked: str) -> Path | None:
             output_dir
         ):  # beginning anew would overwrite what a person may still save
             raise BadCheckpoint(
-                f"every checkpoint in {output_dir} is damaged; begin anew by --overwrite_output_dir, or in a new output_dir"
+                f"every checkpoint in {output_dir} is damaged; begin anew by --overwrite_output_dir, or in a new "
+                "output_dir"
             )
         return newest
     folder = Path(asked)
@@ -190,7 +224,9 @@ def find_checkpoint(output_dir: Path, asked: str) -> Path | None:
 
 
 def find_together(accelerator: Accelerator, output_dir: Path, asked: str) -> Path | None:
-    """`find_checkpoint` by the main process, for all: they must not choose differently, nor each read all files."""
+    """`find_checkpoint` by the main process, for all: they must not choose differently, nor each
+    read all files.
+    """
     answer: list = [None, None]
     if accelerator.is_main_process:
         try:
@@ -202,19 +238,31 @@ def find_together(accelerator: Accelerator, output_dir: Path, asked: str) -> Pat
         raise BadCheckpoint(problem)
     if folder is not None and not (folder / MANIFEST).is_file():
         raise BadCheckpoint(
-            f"process {accelerator.process_index} does not see {folder}; output_dir must be on a disk that all machines share"
+            f"process {accelerator.process_index} does not see {folder}; output_dir must be on a disk that all "
+            "machines share"
         )
     return folder
 
 
 def check_same_run(folder: Path, run: dict) -> dict:
-    """The manifest of a checkpoint that `find_together` gave, if it belongs to this run; BadCheckpoint lists what differs."""
+    """The manifest of a checkpoint that `find_together` gave, if it belongs to this run;
+    BadCheckpoint lists what differs.
+
+    The length may differ, as long as the checkpoint is not past the end.
+    """
     manifest = json.loads((folder / MANIFEST).read_text())
     now = json.loads(json.dumps(run))  # what is compared has been through JSON, too
+    total = now.pop("total_steps", None)
+    if total is not None and manifest["step"] > total:
+        raise BadCheckpoint(
+            f"{folder} is past the end of a run of {total} steps; give a larger max_train_steps, or an earlier "
+            "checkpoint"
+        )
     settings = differences(manifest.get("settings", {}), now.pop("settings", {}))
     differing = differences({**dict.fromkeys(now), "engine": DATA_PARALLEL, **manifest}, now) + settings
     if differing:
         raise BadCheckpoint(
-            f"{folder} belongs to another run: {'; '.join(differing)}; restore these settings or start in a new output_dir"
+            f"{folder} belongs to another run: {'; '.join(differing)}; restore these settings or start in a new "
+            "output_dir"
         )
     return manifest

@@ -1,28 +1,40 @@
-"""What a run would do, before it costs anything: settings, sizes, memory, time, and the data as networks see them."""
+"""What a run would do, before it costs anything: settings, sizes, memory, time, and the data as
+networks see them."""
 
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from hf_diffusion.config.options import config_to_yaml
+from hf_diffusion.config.options import config_to_yaml, lasting_settings
 from hf_diffusion.files import write_whole
+from hf_diffusion.loop.output_folder import PREVIEW
 from hf_diffusion.loop.trainer import Trainer
 
 
 TIMED_STEPS = 3
 
 
-def dry_run(trainer: Trainer) -> None:
-    """Print the resolved settings and measured costs of one micro step; write `data_preview.png` to the output folder."""
+# Above so many seconds a step on a CPU, the dry run looks for something faster.
+SLOW = 1.0
+
+
+def dry_run(trainer: Trainer, build_faster: Callable[[], Trainer] | None = None) -> None:
+    """Print the resolved settings and measured costs of one micro step; write `data_preview.png`
+    to the output folder.
+
+    `build_faster` makes the trainer of the same run with preset fast, which is measured where the
+    run is slow on a CPU.
+    """
     config, data, device = trainer.config, trainer.data, trainer.accelerator.device
-    trainer.accelerator.print(config_to_yaml(config))
+    trainer.accelerator.print(config_to_yaml(lasting_settings(config)))
     trainer.accelerator.print(f"measuring {1 + TIMED_STEPS} steps, of which no weight changes", flush=True)
     seconds, activations = _measure(trainer)
     if not trainer.accelerator.is_main_process:
         return
-    preview = Path(config.output_dir) / "data_preview.png"
+    preview = Path(config.output_dir) / PREVIEW
     picture = data.preview()
     write_whole(preview, lambda file: picture.save(file, format="PNG"))
     trained = sum(p.numel() for player in trainer.objective.players for p in player.network.parameters())
@@ -38,12 +50,18 @@ def dry_run(trainer: Trainer) -> None:
         f"on this {device.type}; sampling and checkpoints not counted)",
         "data as the network sees them": preview,
     }
+    if device.type == "cpu" and seconds > SLOW and config.preset is None and build_faster is not None:
+        fast, _ = _measure(build_faster())
+        facts["a better choice"] = (
+            f"--preset fast takes {fast:.3f} s a step here, {_duration(fast * trainer.total_steps)} for as many steps"
+        )
     width = max(map(len, facts))
     print("\n".join(f"{name:<{width}}  {value}" for name, value in facts.items()))
 
 
 def _measure(trainer: Trainer) -> tuple[float, int]:
-    """Seconds of an optimizer step and bytes that autograd keeps for one micro step; no weight is changed."""
+    """Seconds of an optimizer step and bytes that autograd keeps for one micro step; no weight is
+    changed."""
     device, batch = trainer.accelerator.device, trainer.to_device(next(trainer.batches()))
     kept: dict[int, int] = {}
 

@@ -1,7 +1,9 @@
-"""The energy that a run takes, where the machine tells it: CPU packages by RAPL, NVIDIA GPUs by NVML.
+"""The energy that a run takes, where the machine tells it: CPU packages by RAPL, NVIDIA GPUs by
+NVML.
 
-RAPL (https://docs.kernel.org/power/powercap/powercap.html) counts whole CPU packages, whatever else runs on them, and most systems let
-only root read it. NVML needs the package `nvidia-ml-py`. What cannot be read is left out, never estimated.
+RAPL (https://docs.kernel.org/power/powercap/powercap.html) counts whole CPU packages, whatever else
+runs on them, and most systems let only root read it. NVML needs the package `nvidia-ml-py`. What
+cannot be read is left out, never estimated.
 """
 
 from pathlib import Path
@@ -14,7 +16,8 @@ PACKAGE_ZONE = "intel-rapl:[0-9]*"  # AMD's processors have it under this name, 
 
 
 class EnergyMeter:
-    """Joules since it was made, by source: "CPU packages (RAPL)" and "GPUs (NVML)"; a source that cannot be read is none.
+    """Joules since it was made, by source: "CPU packages (RAPL)" and "GPUs (NVML)"; a source that
+    cannot be read is none.
 
     Read it more often than a RAPL counter goes round, which takes minutes to hours.
     """
@@ -53,7 +56,10 @@ class EnergyMeter:
 
 
 class EnergyCount:
-    """The joules of a run over all its processes in time, by source; for the main process of a machine."""
+    """The joules of a run over all its processes in time, by source.
+
+    For the main process of a machine.
+    """
 
     def __init__(self, before: dict[str, float] | None, gpus: int = 0):
         self.before, self.meter = before, EnergyMeter(gpus)
@@ -75,7 +81,10 @@ def _number(path: Path) -> int | None:
 
 
 def _nvml_handles(gpus: int) -> list:
-    """Handles of the first `gpus` devices that this process sees; CUDA_VISIBLE_DEVICES renumbers them, so that the UUID must find them."""
+    """Handles of the first `gpus` devices that this process sees.
+
+    CUDA_VISIBLE_DEVICES renumbers them, so that the UUID must find them.
+    """
     if not gpus or not torch.cuda.is_available():
         return []
     try:
@@ -84,5 +93,6 @@ def _nvml_handles(gpus: int) -> list:
         pynvml.nvmlInit()
         uuids = [torch.cuda.get_device_properties(i).uuid for i in range(min(gpus, torch.cuda.device_count()))]
         return [pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{uuid}".encode()) for uuid in uuids]
-    except Exception:  # not installed, no driver, a virtual GPU, or a GPU of another maker: any of many errors
+    # not installed, no driver, a virtual GPU, or a GPU of another maker: any of many errors
+    except Exception:
         return []

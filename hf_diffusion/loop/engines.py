@@ -1,9 +1,11 @@
-"""What holds the weights: every process all of them, or an engine of accelerate that divides them (FSDP2, DeepSpeed)."""
+"""What holds the weights: every process all of them, or an engine of accelerate that divides them
+(FSDP2, DeepSpeed)."""
 
 import os
+from typing import Any
 
 from accelerate import Accelerator
-from accelerate.utils import DistributedType
+from accelerate.utils import DistributedType, DynamoBackend, TorchDynamoPlugin
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
@@ -29,6 +31,53 @@ def full_tensor(tensor: Tensor) -> Tensor:
 def written_class(network: nn.Module) -> type[nn.Module]:
     """The class as it was written: sharding puts one of its own before it."""
     return next(cls for cls in type(network).__mro__ if not issubclass(cls, FSDPModule))
+
+
+def take_launch_settings(config: TrainingConfig, accelerator: Accelerator) -> None:
+    """Put what `accelerate launch` was told into the settings that leave it open; name those that
+    say otherwise.
+
+    ValueError for a precision that no setting has.
+    """
+    asked = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    if config.mixed_precision is None:
+        if accelerator.mixed_precision not in ("no", "fp16", "bf16"):
+            raise ValueError(
+                f"accelerate launch asks for mixed_precision {accelerator.mixed_precision}; give no, fp16 or bf16"
+            )
+        config.mixed_precision = accelerator.mixed_precision
+    elif asked not in ("no", config.mixed_precision):
+        _say_otherwise(accelerator, "mixed_precision", config.mixed_precision, asked)
+    plugin = accelerator.state.dynamo_plugin
+    backend = plugin.backend
+    # The network is compiled in place: accelerate would wrap it, and its class would no longer be
+    # the one to export.
+    plugin.backend = DynamoBackend.NO
+    if config.torch_compile is None:
+        config.torch_compile = backend != DynamoBackend.NO
+    elif not config.torch_compile and backend != DynamoBackend.NO:
+        _say_otherwise(accelerator, "torch_compile", "no", f"dynamo_backend {backend.value.lower()}")
+    steps = int(os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1"))
+    if steps > 1 and config.gradient_accumulation_steps == 1:
+        config.gradient_accumulation_steps = steps
+    elif steps not in (1, config.gradient_accumulation_steps):
+        _say_otherwise(accelerator, "gradient_accumulation_steps", config.gradient_accumulation_steps, steps)
+
+
+def compile_options() -> dict[str, Any]:
+    """The arguments of torch.compile that `accelerate launch` was given; none where it was not
+    asked to compile."""
+    plugin = TorchDynamoPlugin()
+    if plugin.backend == DynamoBackend.NO:
+        return {}
+    options = plugin.to_kwargs()
+    return {
+        name: options[name] for name in ("backend", "mode", "fullgraph", "dynamic") if options.get(name) is not None
+    }
+
+
+def _say_otherwise(accelerator: Accelerator, name: str, ours: Any, theirs: Any) -> None:
+    accelerator.print(f"{name} {ours} of this run stands above {theirs} of accelerate launch")
 
 
 def check_engine(accelerator: Accelerator, config: TrainingConfig) -> None:
@@ -72,7 +121,8 @@ def check_players(accelerator: Accelerator, objective: Objective) -> None:
 
 
 def describe_to_deepspeed(accelerator: Accelerator, config: TrainingConfig) -> None:
-    """Tell DeepSpeed what it would read from a DataLoader and what its file leaves open as "auto"; before `prepare`."""
+    """Tell DeepSpeed what it would read from a DataLoader and what its file leaves open as "auto";
+    before `prepare`."""
     if parallelism(accelerator) != "DeepSpeed":
         return
     settings = accelerator.state.deepspeed_plugin.deepspeed_config

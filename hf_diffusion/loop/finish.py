@@ -8,9 +8,11 @@ from pathlib import Path
 from hf_diffusion.cards.data_set import data_set_facts
 from hf_diffusion.cards.of_run import RunFacts, draw_run_pictures, launch_command, saved_pipeline, write_run_card
 from hf_diffusion.config.options import config_to_dict
+from hf_diffusion.config.publishing import published, published_command
 from hf_diffusion.data.errors import BadData
 from hf_diffusion.loop.checkpoints import SaveFailed, list_checkpoints
 from hf_diffusion.loop.nonfinite import TrainingDiverged
+from hf_diffusion.loop.output_folder import set_card_aside
 from hf_diffusion.loop.sharing import Sharing
 from hf_diffusion.loop.trainer import Trainer
 
@@ -23,6 +25,7 @@ def train_and_share(trainer: Trainer, command: Sequence[str]) -> None:
     if trainer.config.push_to_hub and is_main:
         sharing = Sharing(trainer, partial(write_card, trainer, command, data_facts))
         trainer.after_save = sharing.after_save
+    trainer.arguments = list(command[1:])
     try:
         with one_sentence_failures(command[0], trainer.output_dir):
             finished = trainer.train()
@@ -38,7 +41,8 @@ def train_and_share(trainer: Trainer, command: Sequence[str]) -> None:
 
 @contextmanager
 def one_sentence_failures(prog: str, output_dir: Path) -> Iterator[None]:
-    """End the process with status 1 and one sentence that says what is left, for what goes wrong in a run.
+    """End the process with status 1 and one sentence that says what is left, for what goes wrong
+    in a run.
 
     Any other exception is a mistake of ours.
     """
@@ -57,7 +61,10 @@ def one_sentence_failures(prog: str, output_dir: Path) -> Iterator[None]:
 def write_card(
     trainer: Trainer, command: Sequence[str], data_facts: dict, folder: Path, with_pictures: bool = False
 ) -> None:
-    """Write the card of the run, as far as it has come, into a folder with its pipeline or model."""
+    """Write the card of the run, as far as it has come, into a folder with its pipeline or
+    model."""
+    if (aside := set_card_aside(folder)) is not None:
+        print(f"README.md was edited into something that is no model card; it is {aside.name} now, beside a new one")
     facts, pipeline = facts_of(trainer, command, data_facts), saved_pipeline(folder)
     pictures = None
     if with_pictures and pipeline is not None:
@@ -67,11 +74,15 @@ def write_card(
 
 def facts_of(trainer: Trainer, command: Sequence[str], data_facts: dict) -> RunFacts:
     """What the run tells about itself now; `data_facts` is what `data_set_facts` found."""
-    accelerator, is_measured = trainer.accelerator, trainer.evaluated_step == trainer.step
+    accelerator = trainer.accelerator
     return RunFacts(
         config=trainer.config,
         data={**trainer.data.describe(), **data_facts},
-        command=launch_command(command, accelerator.num_processes, accelerator.device.type == "cpu"),
+        command=launch_command(
+            published_command(type(trainer.config), command),
+            accelerator.num_processes,
+            accelerator.device.type == "cpu",
+        ),
         steps=trainer.step,
         global_batch=trainer.global_batch,
         processes=accelerator.num_processes,
@@ -79,6 +90,6 @@ def facts_of(trainer: Trainer, command: Sequence[str], data_facts: dict) -> RunF
         parameters=trainer.shared.parameters,
         joules=trainer.joules,
         skipped=trainer.updater.skipped,
-        evaluations=trainer.evaluations if is_measured else None,
-        started_from=getattr(trainer.config, "init_from", None),
+        evaluations=trainer.evaluations.of(trainer.step),
+        started_from=published(getattr(trainer.config, "init_from", None)),
     )

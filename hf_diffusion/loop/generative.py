@@ -1,4 +1,6 @@
-"""The trainer of a model that draws samples: what it exports, previews and is measured by follows from its pipeline."""
+"""The trainer of a model that draws samples: what it exports, previews and is measured by follows
+from its pipeline.
+"""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -30,7 +32,10 @@ def generative_trainer(
     build_pipeline: BuildPipeline,
     **sampling: Any,
 ) -> Trainer:
-    """A trainer that exports `build_pipeline(network)`; `sampling` are the options of the pipeline's call."""
+    """A trainer that exports `build_pipeline(network)`.
+
+    `sampling` are the options of the pipeline's call.
+    """
     player = next(player for player in objective.players if player.is_averaged)
     evaluators = held_out_loss(config, accelerator, data, player)
     evaluators += sample_evaluators(config, accelerator, data, build_pipeline, player.network, sampling)

@@ -1,10 +1,14 @@
 """The network that a run starts from, taken from a trained pipeline."""
 
+from pathlib import Path
+
 import torch
 
 from hf_diffusion.config.run_options import TrainingConfig
 from hf_diffusion.data.protocol import TrainingData
 from hf_diffusion.hub.loading import load_pipeline
+from hf_diffusion.loop.checkpoints import MANIFEST
+from hf_diffusion.loop.fine_tuning import Trained, check_process, fitted, names_of, open_trained
 from hf_diffusion.models.ncsnpp_ddgan import DDGANGenerator
 from hf_diffusion.models.unet_adm import ADMGenerator, ADMUNet2DModel
 from hf_diffusion.pipelines.pipeline_ddgan import DDGANPipeline
@@ -14,19 +18,23 @@ from hf_diffusion.schedulers.scheduling_ddgan import DDGANScheduler
 def trained_generator(
     config: TrainingConfig, data: TrainingData, process: DDGANScheduler
 ) -> DDGANGenerator | ADMGenerator:
-    """The generator to start from that `init_from` names; ValueError where it does not fit the data or the process."""
-    pipe = load_pipeline(config.init_from)
-    torch.manual_seed(config.seed)  # of the latent's embedding, which is new
-    if isinstance(pipe, DDGANPipeline):
+    """The generator to start from that `init_from` names; ValueError where it does not fit the
+    data or the process.
+
+    Its embeddings of classes are carried over by their names.
+    """
+    config.is_started = True
+    is_checkpoint = (Path(config.init_from) / MANIFEST).is_file()
+    pipe = None if is_checkpoint else load_pipeline(config.init_from)
+    # of the latent's embedding, which is new
+    torch.manual_seed(config.seed)
+    if is_checkpoint or isinstance(pipe, DDGANPipeline):
+        trained = open_trained(config.init_from, (DDGANGenerator, ADMGenerator))
         wanted = {name: value for name, value in process.config.items() if not name.startswith("_")}
-        differing = [name for name, value in wanted.items() if pipe.scheduler.config.get(name) != value]
-        if differing:
-            name = differing[0]
-            raise ValueError(
-                f"init_from {config.init_from} was trained with {name} {pipe.scheduler.config.get(name)}, and this run has "
-                f"{process.config[name]}; give what it was trained with"
-            )
-        generator = pipe.generator
+        check_process(
+            config.init_from, trained.process, {**wanted, "num_timesteps": process.config.num_train_timesteps}
+        )
+        generator, names = trained.network, trained.class_names
     elif isinstance(getattr(pipe, "unet", None), ADMUNet2DModel):
         generator = ADMGenerator.from_denoiser(
             pipe.unet,
@@ -35,18 +43,22 @@ def trained_generator(
             process.alpha_bar[1:],
             config.latent_dim,
         )
+        names = names_of(getattr(pipe, "id2label", None))
     else:
         raise ValueError(
-            f"init_from {config.init_from} is a {type(pipe).__name__}; a DDGANPipeline or a pipeline with an ADMUNet2DModel is needed"
+            f"init_from {config.init_from} is a {type(pipe).__name__}; a DDGANPipeline or a pipeline with an "
+            "ADMUNet2DModel is needed"
         )
     shape = generator.config
     size = (shape.sample_size,) * 2 if isinstance(shape.sample_size, int) else tuple(shape.sample_size)
     classes = config.num_class_embeds(data)
-    if (shape.in_channels, *size) != tuple(data.sample_shape) or shape.num_class_embeds != classes:
+    if (shape.in_channels, *size) != tuple(data.sample_shape) or bool(shape.num_class_embeds) != bool(classes):
         channels, height, width = data.sample_shape
         raise ValueError(
             f"init_from {config.init_from} makes images of {size[0]}x{size[1]} with {shape.in_channels} channels and "
             f"{shape.num_class_embeds or 'no'} classes, the training {height}x{width}, {channels} and "
             f"{classes or 'none'}; choose resolution, channels and class_conditional to agree"
         )
-    return generator
+    if classes is None or names == tuple(data.class_names):
+        return generator
+    return fitted(config.init_from, Trained(generator, names, {}), {"num_class_embeds": classes}, data.class_names)

@@ -1,6 +1,7 @@
 """The learning rate as a function of the optimizer step alone.
 
-Nothing here counts calls, so the value is right under gradient accumulation, with several processes and after a resume.
+Nothing here counts calls, so the value is right under gradient accumulation, with several processes
+and after a resume.
 """
 
 import math
@@ -17,11 +18,13 @@ def lr_factor(
     warmup_steps: int | None = None,
     decay_steps: int | None = None,
 ) -> float:
-    """The factor in [0, 1] on the learning rate of optimizer step `step`, counted from 0, in a run of `total_steps`.
+    """The factor in [0, 1] on the learning rate of optimizer step `step`, counted from 0, in a run
+    of `total_steps`.
 
-    A linear warm-up from 0 comes first, by default over 5 % of the run and at most 500 steps. "constant", "linear" and "cosine"
-    are those of `diffusers.optimization.get_scheduler` (the latter two reach 0 at `total_steps` and stay there), "trapezoid"
-    stays at 1 and goes linearly to 0 over the last `decay_steps`, by default 30 % of the run. ValueError for another schedule.
+    A linear warm-up from 0 comes first, by default over 5 % of the run and at most 500 steps.
+    "constant", "linear" and "cosine" are those of `diffusers.optimization.get_scheduler` (the
+    latter two reach 0 at `total_steps` and stay there), "trapezoid" stays at 1 and goes linearly to
+    0 over the last `decay_steps`, by default 30 % of the run. ValueError for another schedule.
     """
     if warmup_steps is None:
         warmup_steps = min(round(WARMUP_SHARE * total_steps), LONGEST_WARMUP)

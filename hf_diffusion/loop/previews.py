@@ -20,13 +20,17 @@ class DrawingStopped(Exception):
 
 
 class Previews:
-    """`samples/raw-STEP.png` and `ema-STEP.png`: what `preview(network)` draws, by the main process, until a signal."""
+    """`samples/raw-STEP.png` and `ema-STEP.png`: what `preview(network)` draws, by the main
+    process, until a signal.
+    """
 
     def __init__(self, accelerator: Accelerator, output_dir: Path, preview: Callable[[nn.Module], Image.Image] | None):
         self.accelerator, self.folder, self.preview = accelerator, output_dir / FOLDER, preview
 
     def draw(self, step: int, networks: Callable[[], dict[str, nn.Module]], stop: StopSignal) -> None:
-        """Draw with each of `networks()`, which processes that hold a part of them are asked for, too."""
+        """Draw with each of `networks()`, which processes that hold a part of them are asked for,
+        too.
+        """
         if self.preview is None:
             return
 
@@ -38,7 +42,8 @@ class Previews:
             for kind, network in found.items() if self.accelerator.is_main_process else ():
                 network.register_forward_pre_hook(ask)
                 self._draw(step, kind, network)
-            # The main process asks at every call of the network, and once at the end. The others answer each time.
+            # The main process asks at every call of the network, and once at the end. The others
+            # answer each time.
             while self._go_on(stop, drawing=False):
                 pass
         except DrawingStopped:
@@ -50,7 +55,10 @@ class Previews:
         write_whole(self.folder / f"{kind}-{step:08d}.png", lambda file: grid.save(file, format="PNG"))
 
     def _go_on(self, stop: StopSignal, drawing: bool) -> bool:
-        """Whether the main process is still drawing; DrawingStopped, on all processes, where one has got a signal."""
+        """Whether the main process is still drawing.
+
+        DrawingStopped, on all processes, where one has got a signal.
+        """
         flags = torch.tensor([float(stop.requested), float(drawing)], device=self.accelerator.device)
         if self.accelerator.num_processes > 1:
             flags = self.accelerator.reduce(flags, "sum")

@@ -1,4 +1,6 @@
-"""What a run writes down while it trains: running means over all processes, `metrics.jsonl`, experiment trackers."""
+"""What a run writes down while it trains: running means over all processes, `metrics.jsonl`,
+experiment trackers.
+"""
 
 import json
 import sys
@@ -22,20 +24,26 @@ QUARTERS = 4
 
 
 class RunningMeans:
-    """Means of per-image values since the last report, kept on the device; only a report waits for it."""
+    """Means of per-image values since the last report, kept on the device.
+
+    Only a report waits for it.
+    """
 
     def __init__(self, device: torch.device):
         self.device = device
         self.sums: dict[str, Tensor] = {}
 
     def add(self, values: Values) -> None:
-        """Add values (B,) by name; of a pair of tensors (B,) each value counts as often as its weight says."""
+        """Add values (B,) by name.
+
+        Of a pair of tensors (B,) each value counts as often as its weight says.
+        """
         for name, value in values.items():
             value, weight = value if isinstance(value, tuple) else (value, torch.ones_like(value))
             self._add(name, value, weight)
 
     def add_by_level(self, name: str, value: Tensor, level: Tensor) -> None:
-        """Add values (B,) to the quarter of the noise levels (B,) in [0, 1) that each belongs to."""
+        """Add values (B,) to the quarter of the noise levels (B,) in [0, 1) that each is of."""
         quarter = (level * QUARTERS).long()
         for q in range(QUARTERS):
             self._add(f"{name}_q{q}", value, (quarter == q).float())
@@ -46,7 +54,10 @@ class RunningMeans:
         self.sums[name] = self.sums[name] + pair if name in self.sums else pair
 
     def report(self, accelerator: Accelerator) -> dict[str, float]:
-        """The means over all processes since the last report; a quarter that no image fell into is left out."""
+        """The means over all processes since the last report.
+
+        A quarter that no image fell into is left out.
+        """
         if not self.sums:
             return {}
         names = sorted(self.sums)
@@ -56,14 +67,27 @@ class RunningMeans:
 
 
 class MetricsLog:
-    """`metrics.jsonl`, one JSON object a line, with the trackers of `--report_to` beside it; by the main process."""
+    """`metrics.jsonl`, one JSON object a line, with the trackers of `--report_to` beside it.
+
+    By the main process.
+    """
 
     def __init__(self, accelerator: Accelerator, output_dir: Path, draw_curve: Callable[[Path, Path], Path | None]):
         self.accelerator, self.path = accelerator, output_dir / "metrics.jsonl"
         self.curve, self.draw_curve = output_dir / "loss_curve.png", draw_curve
+        self.is_drawn = False
 
-    def go_on_after(self, step: int) -> None:
-        """Drop what an interrupted run wrote after the checkpoint that this one goes on from: it is done again."""
+    def begin(self, step: int, settings: dict[str, Any] | None) -> None:
+        """Go on after `step`, and show the trackers the settings of the run, if there are any."""
+        if settings is not None:
+            plain = {k: v if isinstance(v, int | float | str) else str(v) for k, v in settings.items()}
+            self.accelerator.init_trackers("hf_diffusion", config=plain)
+        self._go_on_after(step)
+
+    def _go_on_after(self, step: int) -> None:
+        """Drop what an interrupted run wrote after the checkpoint that this one goes on from: it is
+        done again.
+        """
         if not self.accelerator.is_main_process or not self.path.exists():
             return
         kept = []
@@ -77,7 +101,10 @@ class MetricsLog:
         write_whole(self.path, "".join(kept))
 
     def write(self, step: int, values: dict[str, float], protocol: dict[str, Any] | None = None) -> None:
-        """Append one record, with the protocol that it was measured under, and hand the values to the trackers."""
+        """Append one record, with the protocol that it was measured under, and hand the values to
+        the trackers.
+        """
+        self.is_drawn = False
         if self.accelerator.is_main_process:
             record = {"step": step, **values} | ({} if protocol is None else {"protocol": protocol})
             with self.path.open("a") as file:
@@ -85,18 +112,22 @@ class MetricsLog:
         self.accelerator.log(values, step=step)
 
     def has_evaluation(self, step: int) -> bool:
-        """Whether the file holds measures of this step; all processes ask, and get the answer of the main one."""
+        """Whether the file holds measures of this step.
+
+        All processes ask, and get the answer of the main one.
+        """
         found = [False]
         if self.accelerator.is_main_process and self.path.exists():
-            # whole lines since go_on_after
+            # whole lines since begin
             records = (json.loads(line) for line in self.path.read_text().splitlines())
             found = [any(record["step"] == step and "protocol" in record for record in records)]
         return broadcast_object_list(found)[0]
 
     def draw(self) -> None:
-        """Draw the curve of the run anew."""
-        if self.accelerator.is_main_process and self.path.exists():
+        """Draw the curve of the run anew, where a record has come since it was drawn."""
+        if self.accelerator.is_main_process and self.path.exists() and not self.is_drawn:
             self.draw_curve(self.path, self.curve)
+            self.is_drawn = True
 
 
 class Progress:

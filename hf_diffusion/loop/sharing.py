@@ -1,4 +1,6 @@
-"""What a training run has to do with the Hub: access checked first, saves put into the outbox, a checkpoint fetched to go on from."""
+"""What a training run has to do with the Hub: access checked first, saves put into the outbox, a
+checkpoint fetched to go on from.
+"""
 
 import logging
 import shutil
@@ -19,6 +21,7 @@ from hf_diffusion.hub.files import (
     pushable_files,
     refuse_tokens,
     step_tag,
+    write_published,
 )
 from hf_diffusion.hub.outbox import drop_oldest, link_or_copy, new_entry, pending, start_sending
 from hf_diffusion.hub.push import check_license, check_write_access
@@ -27,13 +30,16 @@ from hf_diffusion.loop.trainer import Trainer
 
 
 logger = logging.getLogger(__name__)
-WAIT_AT_THE_END, WAIT_AFTER_A_SIGNAL = 1000, 15  # seconds; the first outlasts the push's own deadline
+# seconds; the first outlasts the push's own deadline
+WAIT_AT_THE_END, WAIT_AFTER_A_SIGNAL = 1000, 15
 
 
 def prepare_sharing(config: TrainingConfig) -> None:
-    """Before training: write access, so that a wrong token ends the run in its first second, and the checkpoint of `hub`.
+    """Before training: write access, so that a wrong token ends the run in its first second, and
+    the checkpoint of `hub`.
 
-    Completes `hub_model_id` by the user's name. ValueError says what is missing; a Hub that is only out of reach is no reason not to train.
+    Completes `hub_model_id` by the user's name. ValueError says what is missing; a Hub that is only
+    out of reach is no reason not to train.
     """
     if config.push_to_hub:
         name = config.hub_model_id or Path(config.output_dir).resolve().name
@@ -52,9 +58,11 @@ def prepare_sharing(config: TrainingConfig) -> None:
 
 
 def fetch_checkpoint(repo_id: str, output_dir: Path, api: HfApi | None = None) -> Path | None:
-    """Put the repository's checkpoint into `output_dir` beside those of the run; None where none was pushed yet.
+    """Put the repository's checkpoint into `output_dir` beside those of the run; None where none
+    was pushed yet.
 
-    BadCheckpoint for one that is damaged, or whose files would run code when they are loaded. OSError where the Hub cannot be asked or has no such repository.
+    BadCheckpoint for one that is damaged, or whose files would run code when they are loaded.
+    OSError where the Hub cannot be asked or has no such repository.
     """
     api, staging = api or HfApi(), output_dir / ".from-hub"
     shutil.rmtree(staging, ignore_errors=True)
@@ -71,7 +79,8 @@ def fetch_checkpoint(repo_id: str, output_dir: Path, api: HfApi | None = None) -
         return target
     except RemoteEntryNotFoundError:
         return None
-    except RepositoryNotFoundError as error:  # not "none yet": a mistyped name must not begin the run anew
+    # not "none yet": a mistyped name must not begin the run anew
+    except RepositoryNotFoundError as error:
         raise OSError(
             f"there is no repository {repo_id} on the Hub that you may read, so no checkpoint to go on from"
         ) from error
@@ -86,7 +95,9 @@ def fetch_checkpoint(repo_id: str, output_dir: Path, api: HfApi | None = None) -
 
 
 def _refuse_code(checkpoint: Path) -> None:
-    """BadCheckpoint for a file that is more than tensors and numbers: accelerate unpickles some of them without a look."""
+    """BadCheckpoint for a file that is more than tensors and numbers: accelerate unpickles some of
+    them without a look.
+    """
     for path in sorted(checkpoint.rglob("*")):
         if path.is_file() and path.suffix not in (".safetensors", ".json"):
             try:
@@ -97,8 +108,17 @@ def _refuse_code(checkpoint: Path) -> None:
                 ) from error
 
 
+def stage(source: Path, target: Path) -> None:
+    """Put a file where it is pushed from, without the paths of this machine."""
+    if not write_published(source, target):
+        link_or_copy(source, target)
+
+
 class Sharing:
-    """The pushes of a run; lives on the main process. `write_card(folder)` writes the card of what is in the folder."""
+    """The pushes of a run.
+
+    Lives on the main process. `write_card(folder)` writes the card of what is in the folder.
+    """
 
     def __init__(self, trainer: Trainer, write_card: Callable[[Path], None]):
         self.trainer, self.write_card, self.config = trainer, write_card, trainer.config
@@ -106,7 +126,10 @@ class Sharing:
         self.not_queued: list[str] = []
 
     def after_save(self) -> None:
-        """Queue what the run has so far; the last save is left to `close`, which has the finished model."""
+        """Queue what the run has so far.
+
+        The last save is left to `close`, which has the finished model.
+        """
         if self.config.hub_strategy != "end" and self.trainer.step < self.trainer.total_steps:
             self._queue(self._stage_current)
         else:
@@ -121,7 +144,8 @@ class Sharing:
             print(
                 f"pushing {len(waiting)} of {self.trainer.output_dir}/outbox to {self.config.hub_model_id}", flush=True
             )
-        for _ in range(2):  # twice, since a sender that is about to end may have missed the newest entry
+        # twice, since a sender that is about to end may have missed the newest entry
+        for _ in range(2):
             self._send()
             try:
                 status = self.sender.wait(limit) if self.sender is not None else 0
@@ -138,7 +162,8 @@ class Sharing:
             said = log.read_text().splitlines()[-1:] if log.is_file() else []
             names = ", ".join(entry.name for entry in left)
             print(
-                f"not pushed yet: {names} ({' '.join(said) or 'no message'}); send by: hf-diffusion push --pending {folder}"
+                f"not pushed yet: {names} ({' '.join(said) or 'no message'}); send by: hf-diffusion push --pending "
+                f"{folder}"
             )
         elif self.not_queued:
             names = ", ".join(self.not_queued)
@@ -148,7 +173,7 @@ class Sharing:
         else:
             print("nothing is pushed of a run that is not finished; --hub_strategy every_save does that")
 
-    def _queue(self, stage: Callable[[Path], None]) -> None:
+    def _queue(self, fill: Callable[[Path], None]) -> None:
         """A save that cannot be queued, say on a full disk, is a warning: training goes on."""
         config, step, tag = self.config, self.trainer.step, step_tag(self.trainer.step)
         try:
@@ -160,7 +185,7 @@ class Sharing:
                 tag=tag,
                 private=not config.hub_public,
             ) as folder:
-                stage(folder)
+                fill(folder)
                 refuse_tokens(path for path in folder.rglob("*") if path.is_file())
             if dropped := drop_oldest(self.trainer.output_dir):
                 logger.warning("%s waited too long in the outbox and will not be pushed", ", ".join(dropped))
@@ -175,13 +200,13 @@ class Sharing:
         trainer.export(trainer.shared.copy(), folder)
         curve = [path for path in [trainer.output_dir / "loss_curve.png"] if path.is_file()]
         for path in [trainer.output_dir / "config.yaml", *curve, *newest_grid(trainer.output_dir)]:
-            link_or_copy(path, folder / path.relative_to(trainer.output_dir))
+            stage(path, folder / path.relative_to(trainer.output_dir))
         self.write_card(folder)
         self._stage_checkpoint(folder)
 
     def _stage_finished(self, folder: Path) -> None:
         for name, path in pushable_files(self.trainer.output_dir).items():
-            link_or_copy(path, folder / name)
+            stage(path, folder / name)
         self._stage_checkpoint(folder)
 
     def _stage_checkpoint(self, folder: Path) -> None:

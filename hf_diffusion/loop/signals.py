@@ -7,7 +7,10 @@ from accelerate import Accelerator
 
 
 class StopSignal:
-    """SIGTERM and SIGINT as a flag that the loop reads between steps; a second SIGINT interrupts at once."""
+    """SIGTERM and SIGINT as a flag that the loop reads between steps.
+
+    A second SIGINT interrupts at once.
+    """
 
     def __init__(self, accelerator: Accelerator):
         self.accelerator, self.requested = accelerator, False

@@ -7,9 +7,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -17,30 +15,38 @@ from PIL import Image
 from torch import Tensor, nn
 
 from hf_diffusion.config.options import config_to_dict, save_config
-from hf_diffusion.config.resuming import changeable_settings, differences, tied_settings
+from hf_diffusion.config.resuming import tied_settings
 from hf_diffusion.config.run_options import TrainingConfig
 from hf_diffusion.data.protocol import TrainingData
-from hf_diffusion.evaluation.in_training import Evaluation, EvaluationStopped, Evaluator
+from hf_diffusion.evaluation.in_training import Evaluator
 from hf_diffusion.loop.averages import SharedNetwork
 from hf_diffusion.loop.best import BestModel
-from hf_diffusion.loop.checkpoints import check_same_run, find_together, save_checkpoint
+from hf_diffusion.loop.continuation import Continuation
 from hf_diffusion.loop.energy import EnergyCount
 from hf_diffusion.loop.engines import check_players, describe_to_deepspeed, parallelism
+from hf_diffusion.loop.evaluations import Evaluations
+from hf_diffusion.loop.launching import how_to_go_on
 from hf_diffusion.loop.nonfinite import bound_loss_scale
 from hf_diffusion.loop.previews import Previews
 from hf_diffusion.loop.reporting import MetricsLog, Progress, RunningMeans, Stopwatch
 from hf_diffusion.loop.signals import StopSignal
+from hf_diffusion.loop.states import AVERAGE, Stateful
 from hf_diffusion.loop.update import Micro, Updater, prepare_player
 from hf_diffusion.losses.objective import Objective
 from hf_diffusion.randomness import BLOCK, BatchOrder, Draw
 
 
+# The settings that repeat a run, in its folder.
+CONFIG = "config.yaml"
+
+
 class Trainer:
     """A run of optimizer steps on `data`, on as many processes as `accelerate launch` starts.
 
-    `export(network, folder)` writes what users load, `preview(network)` draws a grid of samples. Both are called on the
-    main process with a copy in evaluation mode: the averaged weights, and for previews the raw ones, too. `evaluators`
-    (see evaluation.in_training) are called with the averaged weights on all processes.
+    `export(network, folder)` writes what users load, `preview(network)` draws a grid of samples.
+    Both are called on the main process with a copy in evaluation mode: the averaged weights, and
+    for previews the raw ones, too. `evaluators` (see evaluation.in_training) are called with the
+    averaged weights on all processes.
     """
 
     def __init__(
@@ -54,7 +60,7 @@ class Trainer:
         evaluators: Sequence[Evaluator] = (),
     ):
         self.config, self.accelerator, self.objective, self.data = config, accelerator, objective, data
-        self.export, self.evaluators, self.output_dir = export, evaluators, Path(config.output_dir)
+        self.export, self.output_dir = export, Path(config.output_dir)
         processes = accelerator.num_processes
         self.global_batch = config.global_batch(processes)
         self.total_steps = config.total_steps(data.num_samples, processes)
@@ -64,8 +70,6 @@ class Trainer:
         describe_to_deepspeed(accelerator, config)
         for player in objective.players:
             prepare_player(config, accelerator, player)
-        for state in objective.state:
-            accelerator.register_for_checkpointing(state)
         shared = next(player for player in objective.players if player.is_averaged)
         self.shared = SharedNetwork(config, accelerator, shared.network)
         self.progress, self.watch, self.means = Progress(accelerator), Stopwatch(), RunningMeans(accelerator.device)
@@ -74,46 +78,61 @@ class Trainer:
         )
         self.previews = Previews(accelerator, self.output_dir, preview)
         self.log = MetricsLog(accelerator, self.output_dir, objective.draw_curve)
+        # those of the script, for what is to be typed to go on
+        self.arguments = sys.argv[1:]
         # set on the main process where saves are shared
         self.after_save: Callable[[], None] | None = None
-        # the last results, which are those of evaluated_step
-        self.evaluations: list[Evaluation] = []
-        self.evaluated_step: int | None = None
-        # rows that share a generator of noise; a run goes on with what it has begun with
-        self.noise_block: int | None = BLOCK
-        self.step, self.wall_time, self.joules = 0, 0.0, {}
-        self._resume()
-        self.saved_step = self.step
+        # beside networks and optimizers; in this order they are in older checkpoints
+        states: dict[str, Stateful] = {f"objective_{i}": state for i, state in enumerate(objective.state)}
+        states |= {} if self.shared.average is None else {AVERAGE: self.shared.average}
+        identity = {
+            "seed": config.seed,
+            "global_batch": self.global_batch,
+            "total_steps": self.total_steps,
+            "data": data.fingerprint,
+            "parameters": self.shared.parameters,
+            "use_ema": self.shared.average is not None,
+            "engine": parallelism(accelerator),
+            "settings": tied_settings(config),
+            **objective.identity(),
+        }
+        self.continuation = Continuation(config, accelerator, identity, states)
+        manifest = self.continuation.resume() or {"step": 0, "noise_block": BLOCK}
+        self.step, spent = manifest["step"], manifest.get("spent", {})
+        self.wall_time, self.joules = spent.get("wall_time", 0.0), spent.get("joules", {})
+        self.updater.skipped = spent.get("skipped", 0)
+        # Rows that share a generator of noise: a run goes on with what it has begun with. Absent
+        # from checkpoints of versions before 0.2, which drew all rows from one.
+        self.noise_block: int | None = manifest.get("noise_block")
         is_first = accelerator.is_main_process and not config.dry_run
         gpus = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if accelerator.device.type == "cuda" else 0
         self.energy = EnergyCount(self.joules if self.step else None, gpus) if is_first else None
-        self.best = BestModel(self.output_dir, config.best_metric) if is_first and config.best_metric else None
-
-    # --- the run -----------------------------------------------------------------------------------------------------
+        best = BestModel(self.output_dir, config.best_metric) if is_first and config.best_metric else None
+        self.evaluations = Evaluations(accelerator, evaluators, export, best, self.log, self.progress)
 
     def train(self) -> bool:
-        """Train to the end, or to a signal; True when the run is complete. Raises TrainingDiverged."""
+        """Train to the end, or to a signal.
+
+        True when the run is complete. Raises TrainingDiverged.
+        """
+        accelerator = self.accelerator
         self._begin()
-        stop = StopSignal(self.accelerator)
+        stop = StopSignal(accelerator)
         try:
             finished = self._loop(stop) and self._finish(stop)
         finally:
             stop.restore()
             self.progress.close()
         if not finished:
-            self._say_how_to_go_on()
-        self.accelerator.end_training()
+            accelerator.print(how_to_go_on(self.step, self.total_steps, self.output_dir / CONFIG, self.arguments))
+        accelerator.end_training()
         return finished
 
     def _begin(self) -> None:
         config = self.config
         if self.accelerator.is_main_process:
-            save_config(config, self.output_dir / "config.yaml")
-        if config.report_to:
-            settings = config_to_dict(config).items()
-            trackable = {k: v if isinstance(v, int | float | str) else str(v) for k, v in settings}
-            self.accelerator.init_trackers("hf_diffusion", config=trackable)
-        self.log.go_on_after(self.step)
+            save_config(config, self.output_dir / CONFIG)
+        self.log.begin(self.step, config_to_dict(config) if config.report_to else None)
         self.progress.start(self.step, self.total_steps)
         self.watch.start()
 
@@ -147,7 +166,10 @@ class Trainer:
         return True
 
     def _is_due(self, interval: int | None) -> bool:
-        """Whether something that happens every `interval` steps does so now; the end's part is left to `_finish`."""
+        """Whether something that happens every `interval` steps does so now.
+
+        The end's part is left to `_finish`.
+        """
         return bool(interval) and self.step % interval == 0 and 0 < self.step < self.total_steps
 
     def batches(self) -> Iterator[dict[str, Tensor]]:
@@ -178,8 +200,6 @@ class Trainer:
             batch["x_0"] = batch["x_0"].contiguous(memory_format=torch.channels_last)
         return batch
 
-    # --- what a run leaves behind ------------------------------------------------------------------------------------
-
     def _report(self) -> None:
         """Log the means since the last report, and show some beside the progress bar."""
         # the network that users get has the plain name
@@ -190,7 +210,7 @@ class Trainer:
         values |= self.objective.report(self.accelerator) | {"skipped": self.updater.skipped}
         values |= bound_loss_scale(self.accelerator.scaler)
         self.log.write(self.step, values)
-        self._count_energy()
+        self.joules = self.energy.joules() if self.energy else {}
         shown = {name: format(values[name], form) for name, form in self.objective.shown.items() if name in values}
         speed = {"img_s": f"{values['images_per_second']:.0f}", "data_wait": f"{values['data_wait']:.0%}"}
         self.progress.show(shown | speed)
@@ -198,97 +218,32 @@ class Trainer:
             self.progress.say(f"step {self.step}: {remark}")
 
     def _evaluate(self, stop: StopSignal) -> None:
-        """Measure the averaged weights, together with all processes and until a signal comes, and keep the best."""
-        if not self.evaluators:
-            return
-        network = self.shared.copy()
-        try:
-            self.evaluations = [evaluate(network, stop.anywhere) for evaluate in self.evaluators]
-        except EvaluationStopped:
-            return
-        # of all processes at once; a bad step is no reason to end a run of days
-        except ValueError as error:
-            self.progress.say(f"step {self.step}: nothing could be measured: {error}")
-            self.evaluations = []
-        self.evaluated_step = self.step
-        for evaluation in self.evaluations:
-            self.log.write(self.step, evaluation.numbers(), evaluation.protocol)
-        if self.best is not None and self.evaluations:
-            value = self.best.offer(self.step, self.evaluations, partial(self.export, network))
-            if value is not None:
-                kept = f"{self.best.metric} {value:.4g} is the best so far, kept in {self.best.folder}"
-                self.progress.say(f"step {self.step}: {kept}")
-        self.accelerator.wait_for_everyone()
+        self.evaluations.measure(self.step, self.shared.copy, stop)
 
     def _save(self) -> None:
-        if self.saved_step == self.step:
-            return
-        self._count_energy()
-        spent = {"wall_time": self.wall_time, "skipped": self.updater.skipped, "joules": self.joules}
-        run = {"spent": spent, "changeable": changeable_settings(self.config), "noise_block": self.noise_block}
-        limit = self.config.checkpoints_total_limit
-        save_checkpoint(self.accelerator, self.output_dir, self.step, {**self._identity(), **run}, limit)
-        self.saved_step = self.step
-        self.log.draw()
-        if self.after_save is not None:
-            self.after_save()
+        self.joules = self.energy.joules() if self.energy else {}
+        facts = {
+            "network": self.shared.description(),
+            "classes": list(self.data.class_names or ()) or None,
+            "spent": {"wall_time": self.wall_time, "skipped": self.updater.skipped, "joules": self.joules},
+            "noise_block": self.noise_block,
+        }
+        if self.continuation.save(self.step, facts):
+            self.log.draw()
+            if self.after_save is not None:
+                self.after_save()
 
     def _finish(self, stop: StopSignal) -> bool:
-        """The export with the averaged weights, samples, measures, curve; False if a signal cut them short."""
-        if self.accelerator.is_main_process or self.shared.is_sharded:
-            network = self.shared.copy()
-            if self.accelerator.is_main_process:
-                self.export(network, self.output_dir)
+        """The export with the averaged weights, samples, measures, curve.
+
+        False if a signal cut them short.
+        """
+        is_main = self.accelerator.is_main_process
+        network = self.shared.copy() if is_main or self.shared.is_sharded else None
+        if is_main:
+            self.export(network, self.output_dir)
         self.previews.draw(self.step, self.shared.copies, stop)
         self._evaluate(stop)
         self.log.draw()
         self.accelerator.wait_for_everyone()
-        return not self.evaluators or self.evaluated_step == self.step
-
-    def _count_energy(self) -> None:
-        if self.energy is not None:
-            self.joules = self.energy.joules()
-
-    # --- going on ----------------------------------------------------------------------------------------------------
-
-    def _identity(self) -> dict[str, Any]:
-        """What must agree for a checkpoint to continue this run exactly."""
-        return {
-            "seed": self.config.seed,
-            "global_batch": self.global_batch,
-            "total_steps": self.total_steps,
-            "data": self.data.fingerprint,
-            "parameters": self.shared.parameters,
-            "use_ema": self.shared.average is not None,
-            "engine": parallelism(self.accelerator),
-            "settings": tied_settings(self.config),
-            **self.objective.identity(),
-        }
-
-    def _resume(self) -> None:
-        """Go on from the checkpoint that the settings name, if any."""
-        asked, accelerator = self.config.resume_from_checkpoint, self.accelerator
-        if not asked or self.config.dry_run:
-            return
-        checkpoint = find_together(accelerator, self.output_dir, asked)
-        if checkpoint is None:
-            accelerator.print(f"there is no checkpoint in {self.output_dir} yet: starting at step 0")
-            return
-        manifest = check_same_run(checkpoint, self._identity())
-        self.step, spent = manifest["step"], manifest.get("spent", {})
-        self.wall_time, self.joules = spent.get("wall_time", 0.0), spent.get("joules", {})
-        self.updater.skipped = spent.get("skipped", 0)
-        # absent from checkpoints of versions before 0.2, which drew all rows from one generator
-        self.noise_block = manifest.get("noise_block")
-        accelerator.load_state(str(checkpoint))
-        accelerator.print(f"going on from {checkpoint}, step {self.step} of {self.total_steps}")
-        if changed := differences(manifest.get("changeable", {}), changeable_settings(self.config)):
-            accelerator.print(f"from here on with other settings than before: {'; '.join(changed)}")
-
-    def _say_how_to_go_on(self) -> None:
-        config_file = self.output_dir / "config.yaml"
-        self.accelerator.print(
-            f"stopped by a signal at step {self.step} of {self.total_steps}, everything is saved; go on with the same "
-            f"command and --resume_from_checkpoint latest, e.g. {sys.argv[0]} --config {config_file} "
-            "--resume_from_checkpoint latest"
-        )
+        return not self.evaluations.evaluators or self.evaluations.step == self.step

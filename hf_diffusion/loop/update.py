@@ -1,4 +1,6 @@
-"""One turn of one player: gradients over the micro-batches, clipped, and applied unless they are not finite."""
+"""One turn of one player: gradients over the micro-batches, clipped, and applied unless they are
+not finite.
+"""
 
 import math
 from collections.abc import Iterable
@@ -11,7 +13,7 @@ from torch import Tensor, nn
 
 from hf_diffusion.config.run_options import TrainingConfig
 from hf_diffusion.loop.averages import SharedNetwork
-from hf_diffusion.loop.engines import full_tensor, parallelism
+from hf_diffusion.loop.engines import compile_options, full_tensor, parallelism
 from hf_diffusion.loop.learning_rate import lr_factor
 from hf_diffusion.loop.nonfinite import TrainingDiverged, bad_rows_in_words, check_loss_scale
 from hf_diffusion.loop.reporting import Progress, RunningMeans
@@ -40,7 +42,10 @@ class Updater:
         self.skipped, self.skipped_in_a_row = 0, 0
 
     def step(self, step: int, micros: Iterable[Micro]) -> None:
-        """Every player's turn in optimizer step `step`; one whose gradient is not finite ends it."""
+        """Every player's turn in optimizer step `step`.
+
+        One whose gradient is not finite ends it.
+        """
         if len(self.objective.players) > 1:
             micros = list(micros)
         for player in self.objective.turns(step):
@@ -72,7 +77,10 @@ class Updater:
         return True
 
     def _plain_turn(self, player: Player, step: int, micros: Iterable[Micro], seen: list) -> float:
-        """Backward over the micro-batches, then the optimizer; returns the gradient's norm before clipping."""
+        """Backward over the micro-batches, then the optimizer.
+
+        Returns the gradient's norm before clipping.
+        """
         accelerator, count = self.accelerator, self.config.gradient_accumulation_steps
         for micro, batch, draw in micros:
             last = micro == count - 1
@@ -89,9 +97,11 @@ class Updater:
         return grad_norm
 
     def _engine_turn(self, player: Player, step: int, micros: Iterable[Micro], seen: list) -> float:
-        """The same by DeepSpeed, whose engine divides by the micro steps, clips and updates in the last backward pass.
+        """The same by DeepSpeed, whose engine divides by the micro steps, clips and updates in the
+        last backward pass.
 
-        Nobody can look before that. So a loss that is not finite on some process is met before: it becomes 0 on all.
+        Nobody can look before that. So a loss that is not finite on some process is met before: it
+        becomes 0 on all.
         """
         accelerator, count, finite = self.accelerator, self.config.gradient_accumulation_steps, True
         for micro, batch, draw in micros:
@@ -141,7 +151,10 @@ class Updater:
             group["lr"] = player.learning_rate * factor
 
     def _skip(self, player: Player, step: int, grad_norm: float, seen: list) -> None:
-        """Leave out an update whose gradient, which is that of all processes, is not finite; give up after too many."""
+        """Leave out an update whose gradient, which is that of all processes, is not finite.
+
+        Give up after too many.
+        """
         accelerator = self.accelerator
         self.skipped, self.skipped_in_a_row = self.skipped + 1, self.skipped_in_a_row + 1
         if accelerator.scaler is not None:
@@ -157,7 +170,8 @@ class Updater:
         check_loss_scale(accelerator.scaler, step, self._output_dir)
         if self.skipped_in_a_row >= self.config.max_nonfinite_steps:
             raise TrainingDiverged(
-                f"the gradient was not finite in {self.skipped_in_a_row} steps in a row, the last of them step {step}; "
+                f"the gradient was not finite in {self.skipped_in_a_row} steps in a row, the last of them step "
+                f"{step}; "
                 f"the checkpoints in {self._output_dir} are untouched: resume from one with a lower learning_rate, or "
                 "in bf16 instead of fp16"
             )
@@ -176,20 +190,21 @@ class Updater:
         return Path(self.config.output_dir)
 
 
-def adam(config: TrainingConfig, network: nn.Module, learning_rate: float) -> torch.optim.AdamW:
-    """The optimizer of the settings; with adam_weight_decay 0 it is plain Adam."""
-    return torch.optim.AdamW(
-        network.parameters(),
-        lr=learning_rate,
+def build_optimizer(config: TrainingConfig, player: Player) -> torch.optim.Optimizer:
+    """The player's optimizer; AdamW with adam_weight_decay 0 is plain Adam."""
+    return player.make_optimizer(
+        player.network.parameters(),
+        lr=player.learning_rate,
         betas=(config.adam_beta1, config.adam_beta2),
         weight_decay=config.adam_weight_decay,
         eps=config.adam_epsilon,
-        fused=True,
     )
 
 
 def prepare_player(config: TrainingConfig, accelerator: Accelerator, player: Player) -> None:
-    """Put the network, in the form that the settings ask for, and its optimizer into the hands of accelerate."""
+    """Put the network, in the form that the settings ask for, and its optimizer into the hands of
+    accelerate.
+    """
     network = player.network
     if config.channels_last:
         network = network.to(memory_format=torch.channels_last)
@@ -197,5 +212,6 @@ def prepare_player(config: TrainingConfig, accelerator: Accelerator, player: Pla
         network.enable_gradient_checkpointing()
     if config.torch_compile and player.compilable:
         # in place, so that the names in the state dict stay as they are
-        network.compile()
-    player.network, player.optimizer = accelerator.prepare(network, adam(config, network, player.learning_rate))
+        network.compile(**compile_options())
+    player.network = network
+    player.network, player.optimizer = accelerator.prepare(network, build_optimizer(config, player))

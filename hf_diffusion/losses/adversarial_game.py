@@ -1,6 +1,7 @@
-"""The game of a denoising diffusion GAN (arXiv:2112.07804, Eqs. 4 to 6) as an objective of two players.
+"""The game of a denoising diffusion GAN (arXiv:2112.07804, Eqs. 4 to 6), with two players.
 
-The losses of values are in `losses.adversarial`; here is who sees what. B images, t the transition t + 1 -> t.
+The losses of values are in `losses.adversarial`; here is who sees what. B images, t is the
+transition t + 1 -> t.
 """
 
 from collections.abc import Iterator
@@ -28,23 +29,30 @@ from hf_diffusion.losses.objective import Objective, Player, Values
 from hf_diffusion.randomness import Draw, FixedDraw
 
 
-# (divergence, gamma): the weakest R1 that trained in 2-D with data of unit scale, see the table in train_ddgan.py
+# The weakest R1 that trained in 2-D with data of unit scale, see the table in train_ddgan.py.
 R1_GAMMA = {"js": 0.05, "hellinger": 0.05, "reverse_kl": 0.05, "total_variation": 0.5, "wasserstein": 1.0}
-CERTAIN = 0.98  # share of pairs in which real beats fake, from which on the discriminator has little to teach
-NO_GRADIENT = 1e-7  # norm below which the generator stands still
-PATIENCE = 3  # reports in a row until a side is said to have won; at the start it is normal to be ahead
+# Share of pairs in which real beats fake, from which on the discriminator has little to teach.
+CERTAIN = 0.98
+# Norm below which the generator stands still.
+NO_GRADIENT = 1e-7
+# Reports in a row until a side is said to have won; at the start it is normal to be ahead.
+PATIENCE = 3
 ADVICE = {
-    "the discriminator has won: it tells nearly every generated image from a real one": "raise r1_gamma, lower "
-    "discriminator_learning_rate, or train with fewer timesteps",
-    "the generator has won: the discriminator takes generated images for the real ones": "raise "
-    "discriminator_learning_rate or discriminator_channels, or lower r1_gamma",
-    "no gradient reaches the generator, the discriminator is saturated": "raise r1_gamma, or choose another divergence",
+    "the discriminator has won: it tells nearly every generated image from a real one": (
+        "raise r1_gamma, lower discriminator_learning_rate, or train with fewer timesteps"
+    ),
+    "the generator has won: the discriminator takes generated images for the real ones": (
+        "raise discriminator_learning_rate or discriminator_channels, or lower r1_gamma"
+    ),
+    "no gradient reaches the generator, the discriminator is saturated": (
+        "raise r1_gamma, or choose another divergence"
+    ),
 }
 
 
 @dataclass(kw_only=True)
 class AdversarialOptions:
-    """What the two networks play for; see `losses.adversarial` for the divergences and penalties."""
+    """What the two networks play for; `losses.adversarial` has the divergences and penalties."""
 
     divergence: Literal["js", "hellinger", "reverse_kl", "total_variation", "wasserstein"] = option(
         "js", "divergence that the generator minimises", group="method"
@@ -52,7 +60,7 @@ class AdversarialOptions:
     generator_objective: Literal["default", "minmax", "non_saturating"] = option(
         "default", "the generator's side of the game; default is non_saturating for js and minmax for the others"
     )
-    # R1 sums over pixels, so a good gamma grows with neither size nor batch by any rule; the defaults are a start.
+    # R1 sums over pixels. No rule carries a good gamma to another size; these are a start.
     r1_gamma: float | None = option(
         None,
         "weight of R1, the squared gradient of the discriminator at real images; none goes by the divergence",
@@ -99,8 +107,8 @@ class AdversarialOptions:
 class DiscriminatorHalf(nn.Module):
     """All that the discriminator computes in its half of a step, as one forward.
 
-    Data parallelism joins the gradients of one forward with one backward. Two forwards and the derivative within would
-    be at the mercy of its bookkeeping.
+    Data parallelism joins the gradients of one forward with one backward. Two forwards and the
+    derivative within would be at the mercy of its bookkeeping.
     """
 
     def __init__(self, discriminator: nn.Module, options: AdversarialOptions):
@@ -117,7 +125,7 @@ class DiscriminatorHalf(nn.Module):
         r1_gamma: float,
         mix: Tensor | None,
     ) -> dict[str, Tensor]:
-        """Values (B,): "loss", the "penalty" within it, and those of the discriminator, "real" and "fake"."""
+        """Values (B,): "loss", its "penalty", and the discriminator's "real" and "fake"."""
 
         def critic(x: Tensor, full_precision: bool = self.options.discriminator_full_precision) -> Tensor:
             return discriminate(self.discriminator, x, t, x_tp1, labels, full_precision)
@@ -125,7 +133,7 @@ class DiscriminatorHalf(nn.Module):
         values = {}
         if r1_gamma:
             x_t = x_t.detach().requires_grad_()
-            # second derivatives need float32
+            # Second derivatives need float32.
             values["real"] = critic(x_t, full_precision=True)
             penalty = r1_penalty(values["real"], x_t, r1_gamma)
         else:
@@ -146,17 +154,17 @@ class DiscriminatorHalf(nn.Module):
 def discriminate(
     discriminator: nn.Module, x_t: Tensor, t: Tensor, x_tp1: Tensor, labels: Tensor | None, full_precision: bool
 ) -> Tensor:
-    """The discriminator's values (B,) in float32, computed in float32 or in the precision that autocast chooses."""
+    """The discriminator's values (B,) as float32; autocast has no say with `full_precision`."""
     with torch.autocast(x_t.device.type, enabled=False) if full_precision else nullcontext():
         return discriminator(x_t, t, x_tp1, labels, return_dict=False)[0].float()
 
 
 class AdversarialGame(Objective):
-    """A discriminator's turn, then a generator's, on the same real images and on noise of their own.
+    """A discriminator's turn, then a generator's, on the same real images and noise of their own.
 
-    `scheduler` has `q_sample_pairs` and `sample_posterior`. Both networks get labels where the generator's config has
-    `num_class_embeds`. For gradients that do not depend on the number of processes, the discriminator's groups must be
-    contiguous and divide a process's batch.
+    `scheduler` has `q_sample_pairs` and `sample_posterior`. Both networks get labels where the
+    generator's config has `num_class_embeds`. For gradients that do not depend on the number of
+    processes, the discriminator's groups must be contiguous and divide a process's batch.
     """
 
     shown: ClassVar[dict[str, str]] = {"loss_d": ".3f", "loss_g": ".3f", "right": ".2f", "max_abs_v": ".1f"}
@@ -176,7 +184,7 @@ class AdversarialGame(Objective):
         self.latent_dim = generator.config.latent_dim
         self.step = 0
         self.largest_value: Tensor | None = None
-        # who had won, at the last reports
+        # Who had won, at the last reports.
         self.ahead: list[str | None] = []
         self.generator = Player(
             generator, self.generator_values, learning_rates[0], "generator", "_g", frozen=(discriminator,)
@@ -199,7 +207,7 @@ class AdversarialGame(Objective):
         if step >= self.options.discriminator_warmup_steps and (step + 1) % self.options.n_critic == 0:
             yield self.generator
 
-    # --- the two losses ----------------------------------------------------------------------------------------------
+    # --- the two losses ---
 
     def discriminator_values(self, half: nn.Module, batch: dict[str, Tensor], draw: Draw | FixedDraw) -> Values:
         """The discriminator's losses (B,) on real and generated x_t."""
@@ -227,7 +235,7 @@ class AdversarialGame(Objective):
     def _real_pairs(
         self, batch: dict[str, Tensor], draw: Draw | FixedDraw
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """t (B,) and x_t, x_{t+1} (B, ...) of real data, with their labels (B,) where the networks take them."""
+        """t (B,), x_t and x_{t+1} (B, ...) of real data, labels (B,) where networks take them."""
         x_0 = batch["x_0"]
         t = timesteps(draw.level(self.spread), self.num_timesteps)
         noise_tp1, noise_t = draw.normal(*x_0.shape[1:]), draw.normal(*x_0.shape[1:])
@@ -242,10 +250,10 @@ class AdversarialGame(Objective):
         x_0 = generator(x_tp1, t, latent, labels, return_dict=False)[0].to(x_tp1.dtype)
         return self.scheduler.sample_posterior(x_0, x_tp1, t, noise), x_0
 
-    # --- health ------------------------------------------------------------------------------------------------------
+    # --- health ---
 
     def _watched(self, values: dict[str, Tensor], t: Tensor) -> Values:
-        """The share of pairs in which the real one is ahead, and the discriminator's values by timestep."""
+        """The share of pairs with the real one ahead, and the values V by timestep."""
         real, fake = values["real"].detach(), values["fake"].detach()
         largest = torch.maximum(real.abs().max(), fake.abs().max())
         self.largest_value = largest if self.largest_value is None else torch.maximum(self.largest_value, largest)
@@ -264,7 +272,7 @@ class AdversarialGame(Objective):
         return {"max_abs_v": float(largest)}
 
     def remark(self, values: dict[str, float]) -> str | None:
-        """Once, when a side has been far ahead for `PATIENCE` reports: who has won, and what to do about it."""
+        """Who has won and what to do, once a side has been far ahead for `PATIENCE` reports."""
         discriminator, generator, stuck = ADVICE
         if values.get("grad_norm_g", 1.0) < NO_GRADIENT:
             state = stuck

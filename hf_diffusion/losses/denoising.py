@@ -1,6 +1,7 @@
-"""Training a network to undo Gaussian noise, as an objective: which timesteps, which loss, which weight.
+"""Training a network to undo Gaussian noise: which timesteps, which loss, which weight.
 
-The losses of one image are in `losses.gaussian`, the choice of timesteps in `losses.noise_levels`. B images.
+One image's losses are in `losses.gaussian`, the choice of timesteps in `losses.noise_levels`.
+B images.
 """
 
 from dataclasses import dataclass
@@ -24,7 +25,7 @@ SPREADS = {"uniform": None, "stratified": stratified, "antithetic": antithetic}
 class DenoisingOptions:
     """What a denoising network is trained by."""
 
-    # Without dropped labels there is no unconditional prediction, and so nothing to guide away from.
+    # Without dropped labels no unconditional prediction is learned, so guidance has no origin.
     label_dropout: float = option(
         0.1,
         "share of labels replaced by 'no class', for classifier-free guidance",
@@ -34,8 +35,8 @@ class DenoisingOptions:
     )
     # v keeps the target's scale at every noise level and, with it, few-step sampling works.
     prediction_type: Literal["epsilon", "sample", "v_prediction"] = option("v_prediction", "what the network predicts")
-    # The strata cover all noise levels in every batch, which takes noise out of the gradient at no cost.
-    # loss_second_moment visits the timesteps that add most to the variational bound, and is meant for objective vlb.
+    # The strata cover all noise levels in every batch: less noise in the gradient, at no cost.
+    # loss_second_moment visits the timesteps that add most to the variational bound, for vlb.
     timestep_sampling: Literal["uniform", "stratified", "antithetic", "loss_second_moment"] = option(
         "stratified", "how a batch's timesteps are drawn"
     )
@@ -71,9 +72,10 @@ class DenoisingOptions:
 
 
 class DenoisingObjective(Objective):
-    """One network, at one random timestep an image; the state of importance sampling joins the checkpoints.
+    """One network, at one random timestep an image.
 
-    `scheduler` is a process of `scheduling_gaussian`. The network gets labels where its config has `num_class_embeds`.
+    `scheduler` is a process of `scheduling_gaussian`. The network gets labels where its config has
+    `num_class_embeds`. The state of importance sampling joins the checkpoints.
     """
 
     def __init__(
@@ -95,7 +97,7 @@ class DenoisingObjective(Objective):
         super().__init__(Player(network, self.values, learning_rate), state=state)
 
     def values(self, network: nn.Module, batch: dict[str, Tensor], draw: Draw | FixedDraw) -> Values:
-        """The loss (B,) of a micro-batch; without dropped labels and importance in evaluation mode."""
+        """The loss (B,) of a micro-batch; evaluation mode drops no labels and weighs evenly."""
         x_0, labels = batch["x_0"], batch["labels"] if self.class_conditional else None
         weighs = self.importance is not None and network.training
         if weighs:
@@ -108,7 +110,7 @@ class DenoisingObjective(Objective):
             labels = torch.where(draw.uniform() < self.options.label_dropout, self.null_class_id, labels)
         losses = self.losses(network(x_t, t, labels).sample, x_0, x_t, noise, t)
         if weighs:
-            # all processes keep the same history
+            # All processes keep the same history.
             gather = self.accelerator.gather
             self.importance.update(gather(t), gather(losses.detach()))
             losses = losses * factor

@@ -1,4 +1,4 @@
-"""Telling the classes of noisy images apart, the classifier of classifier guidance (arXiv:2105.05233), as an objective.
+"""Telling the classes of noisy images apart, for classifier guidance (arXiv:2105.05233).
 
 B images, C channels, H x W pixels, K classes.
 """
@@ -15,9 +15,10 @@ from hf_diffusion.randomness import Draw, FixedDraw
 
 
 class NoisyClassObjective(Objective):
-    """Cross entropy at one random timestep an image; t is the scheduler's own index, as the pipeline gives it.
+    """Cross entropy at one random timestep an image.
 
-    `random_crop` is the smallest side of a crop at random, as a share of the image; 1 crops nothing.
+    t is the scheduler's own index, as the pipeline gives it. `random_crop` is the smallest side of
+    a crop at random, as a share of the image; 1 crops nothing.
     """
 
     shown: ClassVar[dict[str, str]] = {"loss": ".4f", "top1": ".2f"}
@@ -53,10 +54,10 @@ def crop_at_random(x: Tensor, smallest: float, scale: Tensor, across: Tensor, do
 
 
 def hits(logits: Tensor, labels: Tensor) -> dict[str, Tensor]:
-    """1.0 where the label (B,) is the first, or among the first five, of the logits (B, K), else 0.0.
+    """1.0 where the label (B,) is the first, or in the first five, of the logits (B, K), else 0.0.
 
     Up to five classes have no top5.
     """
-    # classes that are ahead of the label
+    # Classes that are ahead of the label.
     ranks = (logits > logits.gather(1, labels[:, None])).sum(dim=1)
     return {f"top{k}": (ranks < k).float() for k in (1, 5) if k < logits.shape[1]}

@@ -1,17 +1,22 @@
 """What one family brings to the loop: networks, and for each of them a loss of a micro-batch.
 
-A loss is a function (network, batch, draw) -> values by name, each a tensor (B,): "loss", which is minimised; optionally
-"level", the noise level in [0, 1) that the log sorts losses by; and whatever else is to be averaged into the log. A pair
-of tensors is a value with its weight. All that a loss draws comes from `draw` (`randomness.Draw`, or `FixedDraw` for
-held-out data), so that the number of processes changes nothing. What is meant for training alone, such as label dropout,
-asks `network.training`.
+A loss is a function (network, batch, draw) -> values by name, each a tensor (B,):
+- "loss", which is minimised;
+- "level", optional: the noise level in [0, 1) that the log sorts losses by;
+- whatever else is to be averaged into the log; a pair of tensors is a value with its weight.
+
+All that a loss draws comes from `draw`, so that the number of processes changes nothing. It is a
+`randomness.Draw`, or a `FixedDraw` for held-out data. What is meant for training alone, such as
+label dropout, asks `network.training`.
 """
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
+import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
@@ -20,6 +25,13 @@ from hf_diffusion.randomness import Draw, FixedDraw
 
 
 Values = dict[str, Tensor | tuple[Tensor, Tensor]]
+# Called with the parameters, and lr, betas, eps and weight_decay by name. A family that offers a
+# choice makes it an option of its own. The state of one is no state of another, so a checkpoint is
+# tied to it.
+OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
+    "adamw": partial(torch.optim.AdamW, fused=True),
+    "radam": partial(torch.optim.RAdam, decoupled_weight_decay=True),
+}
 Loss = Callable[[nn.Module, dict[str, Tensor], Draw | FixedDraw], Values]
 
 
@@ -27,8 +39,8 @@ Loss = Callable[[nn.Module, dict[str, Tensor], Draw | FixedDraw], Values]
 class Player:
     """A network that is trained, by its own loss and optimizer.
 
-    The names of its columns in the log end in `suffix`. `frozen` take part in its loss but get no gradient. The loop
-    puts the network that it has prepared in the place of the given one.
+    The names of its columns in the log end in `suffix`. `frozen` take part in its loss but get no
+    gradient. The loop puts the network that it has prepared in the place of the given one.
     """
 
     network: nn.Module
@@ -42,11 +54,12 @@ class Player:
     is_averaged: bool = True
     # Which of the loss function's values are better when high, such as an accuracy.
     higher_is_better: tuple[str, ...] = ()
+    make_optimizer: Callable[..., torch.optim.Optimizer] = OPTIMIZERS["adamw"]
     optimizer: Any = field(default=None, repr=False)
 
 
 class Objective:
-    """One network and one loss. A game, a distillation, an autoencoder with a critic override what differs.
+    """One network and one loss; a game, a distillation or an autoencoder overrides what differs.
 
     The first player that is averaged is the network that users get.
     """
@@ -60,7 +73,7 @@ class Objective:
         self.state = state
 
     def turns(self, step: int) -> Iterator[Player]:
-        """Who is updated in this step, in this order; an update that is left out (not finite) ends the step."""
+        """Who is updated in this step, in order; an update that is not finite ends the step."""
         yield from self.players
 
     def after_update(self, player: Player, step: int) -> None:

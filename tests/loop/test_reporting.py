@@ -1,4 +1,4 @@
-"""Means for the log: weighted values, the loss by noise level, over all images since the last report."""
+"""Means for the log over all images since the last report: weighted, and by noise level."""
 
 import torch
 from accelerate import Accelerator

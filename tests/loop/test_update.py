@@ -1,4 +1,4 @@
-"""One turn of one player: the gradient of the whole batch, clipped, applied at its learning rate, averaged, or left out."""
+"""One turn of one player: the whole batch's gradient, clipped, applied, averaged, or left out."""
 
 import math
 from dataclasses import dataclass

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 
 class ScriptedDraw:
-    """Hands out the given numbers in the order in which a loss asks for them; keeps the spread it was asked with."""
+    """Hands out the given numbers as a loss asks for them, and keeps the spread it asked for."""
 
     def __init__(self, levels=(), normals=(), uniforms=()):
         self.levels, self.normals, self.uniforms = list(levels), list(normals), list(uniforms)

@@ -1,4 +1,4 @@
-"""What a denoising network is shown and trained by: each setting of its options changes the loss as its formula says."""
+"""What a denoising network is shown and trained by: each setting acts as its formula says."""
 
 import pytest
 import torch
