@@ -1,6 +1,4 @@
 import shutil
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -17,6 +15,7 @@ from hf_diffusion.models.ncsnpp_ddgan import (
     upfirdn2d,
     upsample_2d,
 )
+from tests.launching import run_claims
 
 
 SMALL = {"model_channels": 8, "channel_mult": (1, 2), "num_res_blocks": 1, "attention_sizes": (4,)}
@@ -331,13 +330,16 @@ def test_the_shipped_file_alone_loads_a_saved_generator_in_a_new_process(tmp_pat
         model.save_pretrained(tmp_path / name)
         expected[name] = model(x, t, z, labels if name == "all" else None).sample.detach()
     torch.save((x, t, z, labels), tmp_path / "inputs.pt")
-    code = (
-        "import sys, torch; from ncsnpp_ddgan import DDGANGenerator as G; x, t, z, y = torch.load('inputs.pt');"
-        "a, b = G.from_pretrained('plain').eval(), G.from_pretrained('all').eval();"
-        "torch.save({'plain': a(x, t, z).sample.detach(), 'all': b(x, t, z, y).sample.detach()}, 'out.pt');"
-        "assert not any(name.startswith('hf_diffusion') for name in sys.modules)"
-    )
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=tmp_path)
+    child = """
+        import torch
+        sys.path.insert(0, "")
+        from ncsnpp_ddgan import DDGANGenerator
+        x, t, z, labels = torch.load("inputs.pt")
+        plain, all = (DDGANGenerator.from_pretrained(name).eval() for name in ("plain", "all"))
+        out = {"plain": plain(x, t, z), "all": all(x, t, z, labels)}
+        torch.save({name: value.sample.detach() for name, value in out.items()}, "out.pt")
+    """
+    run_claims(child, tmp_path, with_package=False)
     for name, sample in torch.load(tmp_path / "out.pt").items():
         torch.testing.assert_close(sample, expected[name])
 
