@@ -311,7 +311,8 @@ class ClassifierGuidancePipeline(SamplingMixin, SelfContainedMixin, DiffusionPip
                 "latent" (B, C, H, W) as the scheduler left it, about [-1, 1].
             return_dict: whether to return an `ImagePipelineOutput` instead of a tuple.
             callback_on_step_end: called as f(pipe, step, t, tensors) after each step; returns a
-                dict of changed tensors.
+                dict of changed tensors. It may set `pipe._guidance_scale` for the steps that
+                follow, 0 for none, and `pipe._interrupt`.
             callback_on_step_end_tensor_inputs: which tensors the callback is given.
             micro_batch_size: images that one forward of the U-Net takes; does not change the
                 images. None: chosen for the device.
@@ -363,6 +364,12 @@ class ClassifierGuidancePipeline(SamplingMixin, SelfContainedMixin, DiffusionPip
             for i, t in enumerate(timesteps):
                 if self.interrupt:
                     continue
+                if self.guidance_scale is not guidance_scale:  # a callback has set it
+                    guidance_scale = self.guidance_scale
+                    self.check_guidance(labels, guidance_scale, gradient_steps, guidance_fn, w)
+                    is_guided = [False] * len(timesteps)
+                    if guidance_scale > 0:
+                        is_guided = self.guided_timesteps(guidance_interval, eta)
                 output = self.predict(latents, t, unet_labels, micro_batch_size)  # (B, C or 2 C, ...)
                 if is_inside[i] and is_classifier_free:
                     cond, variance = output[:, :channels], output[:, channels:]

@@ -56,7 +56,7 @@ def in_micro_batches(
     conditions = {name: rows for name, rows in conditions.items() if rows is not None}
     tensors = [x.to(network.dtype) if x.is_floating_point() else x for x in (sample, *inputs, *conditions.values())]
     outputs = []
-    for x, *rest in zip(*(x.split(size or len(sample)) for x in tensors)):
+    for x, *rest in zip(*(x.split(int(size or len(sample))) for x in tensors)):
         named = dict(zip(conditions, rest[len(inputs) :]))
         outputs.append(network(x, t, *rest[: len(inputs)], **named, return_dict=False)[0])
     output = torch.cat(outputs)
@@ -146,12 +146,15 @@ class SamplingMixin:
 
         Raises ValueError for labels that the model does not know or lacks, or another `batch_size`.
         """
+        for name, count in (("batch_size", batch_size), ("num_images_per_label", num_images_per_label)):
+            if count is not None and (not isinstance(count, Integral) or isinstance(count, bool)):
+                raise ValueError(f"{name} must be a whole number, not {count!r}")
         if class_labels is None:
             if self.drawing_network.config.get("num_class_embeds") is not None and self.null_class_id is None:
                 raise ValueError(
                     f"class_labels are missing; this model needs one of 0 to {self.num_classes - 1} for each image"
                 )
-            return None, 1 if batch_size is None else batch_size
+            return None, 1 if batch_size is None else int(batch_size)
         if self.num_classes is None:
             raise ValueError(f"class_labels={class_labels!r} were given to a model without classes; leave them out")
         label_ids = [i for i in self.get_label_ids(class_labels) for _ in range(num_images_per_label)]
@@ -206,6 +209,12 @@ class SamplingMixin:
         """Raise ValueError, with what is allowed, for arguments that every pipeline takes."""
         if batch < 1:
             raise ValueError(f"the call asks for {batch} images; ask for at least 1")
+        sources = generator if isinstance(generator, list) else [generator]
+        if not all(isinstance(source, torch.Generator) for source in sources) and generator is not None:
+            raise ValueError(
+                f"generator={generator!r} is neither a torch.Generator nor a list of them; write "
+                "torch.Generator().manual_seed(seed)"
+            )
         if isinstance(generator, list) and len(generator) != batch:
             raise ValueError(
                 f"{len(generator)} generators were given for {batch} images; give one, or one for each image"
@@ -224,7 +233,7 @@ class SamplingMixin:
         if unknown:
             raise ValueError(f"callback_on_step_end_tensor_inputs knows {self._callback_tensor_inputs}, not {unknown}")
         for name, size in micro_batch_sizes.items():
-            if size is not None and (not isinstance(size, int) or size < 1):
+            if size is not None and (not isinstance(size, Integral) or size < 1):
                 raise ValueError(f"{name} must be a whole number of at least 1 or None, not {size!r}")
 
     def check_steps(
@@ -236,12 +245,14 @@ class SamplingMixin:
     ) -> None:
         """Raise ValueError, with what is allowed, for steps that the scheduler cannot take."""
         scheduler = type(self.scheduler).__name__
-        if timesteps is None and (not isinstance(num_inference_steps, int) or num_inference_steps < 1):
+        if timesteps is None and (not isinstance(num_inference_steps, Integral) or num_inference_steps < 1):
             raise ValueError(f"num_inference_steps must be a whole number of at least 1, not {num_inference_steps!r}")
         if timesteps is not None and "timesteps" not in inspect.signature(self.scheduler.set_timesteps).parameters:
             raise ValueError(f"{scheduler} takes no timesteps of one's own; use num_inference_steps")
         if eta is not None and "eta" not in inspect.signature(self.scheduler.step).parameters:
             raise ValueError(f"{scheduler} has no eta; leave it out, or use DDIMEtaScheduler")
+        if eta is not None and not 0 <= eta <= 1:
+            raise ValueError(f"eta must be between 0 and 1, not {eta!r}")
         interval = tuple(guidance_interval)
         if len(interval) != 2 or not 0 <= interval[0] <= interval[1] <= 1:
             raise ValueError(
@@ -259,9 +270,14 @@ class SamplingMixin:
     def prepare_timesteps(self, num_inference_steps: int | None, timesteps: list[int] | str | None = None) -> Tensor:
         """The scheduler's timesteps for this call; `timesteps` of one's own replace the number."""
         if timesteps is None:
-            self.scheduler.set_timesteps(num_inference_steps, device=self._execution_device)
+            steps = None if num_inference_steps is None else int(num_inference_steps)
+            self.scheduler.set_timesteps(steps, device=self._execution_device)
         else:
             self.scheduler.set_timesteps(timesteps=timesteps, device=self._execution_device)
+        # Stock solvers else look the first timestep up, and start at its second entry where two
+        # noise levels have the same.
+        if hasattr(self.scheduler, "set_begin_index"):
+            self.scheduler.set_begin_index(0)
         self._num_timesteps = len(self.scheduler.timesteps)
         return self.scheduler.timesteps
 

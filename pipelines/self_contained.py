@@ -29,6 +29,10 @@ IN_PACKAGE = __name__.startswith("hf_diffusion.")
 IMPORT_OF_SHARED_TEXT = re.compile(
     r"^from hf_diffusion\.pipelines\.(self_contained|sampling_parts) import (?:[\w, ]+|\([^)]+\))$", re.MULTILINE
 )
+# Weights, whole or one of the shards, and the list of the shards, as diffusers names them.
+WEIGHTS = re.compile(
+    r"(?P<name>[^.]+?)(\.(?P<variant>[^.]+?))?(-\d{5}-of-\d{5})?\.safetensors(\.index(\.(?P<index_variant>[^.]+))?\.json)?"
+)
 # What stock diffusers imports by itself.
 LIBRARIES = ("diffusers", "transformers", "onnxruntime")
 
@@ -48,16 +52,33 @@ def _shared_text(stem: str) -> str:
 
 
 def _move_into(staging: Path, target: Path, index_name: str) -> None:
-    """Move every file of `staging` to its place in `target`, each in one step, the index last."""
+    """Move every file of `staging` to its place in `target`, each in one step, the index last.
+
+    Weights of the same name and variant that an earlier save left in another number of files are
+    removed; those of other variants stay.
+    """
     files = sorted((f for f in staging.rglob("*") if f.is_file()), key=lambda f: f.name == index_name)
+    stale = []
     for folder in {f.parent.relative_to(staging) for f in files}:
         (target / folder).mkdir(parents=True, exist_ok=True)
-        for shards in (target / folder).glob("*.safetensors.index*.json"):
-            # The loader prefers shards, so the list of an earlier, larger save would win over this.
-            if folder != Path() and not (staging / folder / shards.name).exists():
-                shards.unlink()
+        saved = {_weights_of(f.name) for f in (staging / folder).iterdir()} - {None}
+        for file in (target / folder).iterdir():
+            if _weights_of(file.name) in saved and not (staging / folder / file.name).exists():
+                stale.append(file)
+    # The loader prefers shards, so the list of an earlier, larger save would win over this one.
+    for file in stale:
+        if file.suffix == ".json":
+            file.unlink()
     for file in files:
         os.replace(file, target / file.relative_to(staging))
+    for file in stale:
+        file.unlink(missing_ok=True)
+
+
+def _weights_of(file: str) -> tuple[str, str | None] | None:
+    """Name and variant of the weights that a file holds a part of; None where it holds none."""
+    found = WEIGHTS.fullmatch(file)
+    return None if found is None else (found["name"], found["variant"] or found["index_variant"])
 
 
 class SelfContainedMixin:
@@ -89,6 +110,13 @@ class SelfContainedMixin:
             raise ValueError(
                 "safe_serialization=False would write a pickle, which can run code when it is read; leave it out"
             )
+        for name, part in self.components.items():
+            if adapters := getattr(part, "peft_config", None):
+                raise ValueError(
+                    f"the {name} has the adapters {', '.join(adapters)} beside its weights; save them by "
+                    f"pipe.{name}.save_lora_adapter(folder), or make them part of the weights by fuse_lora() and "
+                    "unload_lora()"
+                )
         target = Path(save_directory)
         if target.exists() and not target.is_dir():
             raise ValueError(f"save_directory must be a folder, but {str(target)!r} is a file; choose another name")

@@ -21,6 +21,7 @@ from hf_diffusion.cards.results import eval_results, model_index, recorded_resul
 from hf_diffusion.cards.tables import class_list, kind_of, summary_of, tables_of, words_of
 from hf_diffusion.cards.usage import Use, call_text, use_of_model, use_of_pipeline
 from hf_diffusion.config.options import config_to_yaml
+from hf_diffusion.config.publishing import published
 from hf_diffusion.files import write_whole
 from hf_diffusion.hub.card_format import START, format_card, parse_card, pictures, sections, split_generated
 from hf_diffusion.hub.loading import load_pipeline, read_index
@@ -109,7 +110,7 @@ def write_model_card(
         figures={},
         command=training.get("command"),
         tables=tables_of(data, training),
-        config_yaml=config_to_yaml(config).rstrip(),
+        config_yaml=config_to_yaml(published(config)).rstrip(),
         measured=MEASURED if results else NOT_MEASURED if use.call else NOT_MEASURED_ALONE,
         nearest=nearest,
         data_license=data.get("license"),
@@ -152,7 +153,8 @@ def update_card_results(
     belongs to.
     """
     path = Path(folder) / CARD
-    metadata, text = _read_card(path) if path.is_file() else ({}, "")
+    former = path.read_text(encoding="utf-8") if path.is_file() else ""
+    metadata, text = parse_card(former, str(path))
     if START not in text:
         raise ValueError(f"{path} is no card of hf_diffusion (it lacks the marker {START}); add the results by hand")
     head, block, tail = split_generated(text)
@@ -172,7 +174,7 @@ def update_card_results(
         parts["Limits"] = limits
     # Results stand first among the sections, as in the template.
     block = parts.pop("") + f"{section}\n\n" + "".join(parts.values())
-    return write_whole(path, format_card(metadata, head + block + tail))
+    return write_whole(path, format_card(metadata, head + block + tail, former))
 
 
 def _use(folder: Path, pipeline: DiffusionPipeline | None, data: dict[str, Any]) -> Use:
@@ -209,9 +211,10 @@ def _copy_figures(folder: Path, figures: Mapping[str | os.PathLike, str]) -> dic
 
 def _renew(path: Path, metadata: dict[str, Any], block: str) -> Path:
     """Renew the generated part of a card, and keep what people wrote and the keys they added."""
-    head, tail = "\n", "\n"
+    head, tail, old = "\n", "\n", ""
     if path.is_file():
-        old_metadata, old_text = _read_card(path)
+        old = path.read_text(encoding="utf-8")
+        old_metadata, old_text = parse_card(old, str(path))
         # The results there are those of the earlier weights.
         old_metadata.pop("model-index", None)
         tags = [*metadata["tags"], *(tag for tag in old_metadata.get("tags") or [] if tag not in metadata["tags"])]
@@ -219,12 +222,8 @@ def _renew(path: Path, metadata: dict[str, Any], block: str) -> Path:
         head, former, tail = split_generated(old_text)
         if not former:
             head, tail = f"{head.rstrip()}\n\n", "\n"
-    return write_whole(path, format_card(metadata, head + block + tail))
+    return write_whole(path, format_card(metadata, head + block + tail, old))
 
 
 def _read_json(path: Path) -> dict[str, Any]:
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-
-
-def _read_card(path: Path) -> tuple[dict[str, Any], str]:
-    return parse_card(path.read_text(encoding="utf-8"), str(path))

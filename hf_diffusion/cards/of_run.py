@@ -13,7 +13,7 @@ from hf_diffusion.cards.model_card import write_model_card
 from hf_diffusion.cards.papers import bibtex
 from hf_diffusion.cards.pictures import Pictures, draw_pictures
 from hf_diffusion.cards.tables import kind_of
-from hf_diffusion.config.options import config_to_dict
+from hf_diffusion.config.options import lasting_settings
 from hf_diffusion.config.run_options import TrainingConfig
 from hf_diffusion.data.protocol import TrainingData
 from hf_diffusion.environment import environment
@@ -66,7 +66,7 @@ def write_run_card(
     pipeline: what the folder holds; None loads it, where it holds one.
     pictures: those in the folder, beside the newest grid of samples.
     """
-    config, settings = facts.config, config_to_dict(facts.config)
+    config, settings = facts.config, lasting_settings(facts.config)
     pipeline = pipeline or saved_pipeline(folder)
     repo_id, revision = (config.hub_model_id, step_tag(facts.steps)) if config.push_to_hub else (None, None)
     captions = {path.relative_to(folder).as_posix(): _grid_caption(facts, pipeline) for path in newest_grid(folder)}

@@ -13,6 +13,8 @@ from hf_diffusion.cards.tables import cell
 
 INDEX = "model-index"
 NO_TASK = "other"
+# Of the parts of a protocol one in so many may differ for it to be told by the differences.
+CHANGED_AT_MOST = 3
 
 
 def eval_results(
@@ -57,10 +59,23 @@ def recorded_results(metadata: dict[str, Any]) -> list[EvalResult]:
 
 
 def result_rows(results: Sequence[EvalResult]) -> list[str]:
-    """Lines of the table of results; a protocol that is that of the line before is not repeated."""
+    """Lines of the table of results; of a protocol like one above only the difference is said."""
     protocols = [(result.metric_args or {}).get("protocol", "") for result in results]
-    return [
-        f"| {cell(result.metric_name)} | {result.metric_value:.6g} | "
-        f"{'as above' if protocol and protocol == before else cell(protocol)} |"
-        for result, protocol, before in zip(results, protocols, ["", *protocols])
-    ]
+    rows, whole = [], ""
+    for result, protocol, before in zip(results, protocols, ["", *protocols]):
+        said = protocol
+        if protocol and protocol == before:
+            said = "as above"
+        elif protocol and (changed := _changes(whole, protocol)):
+            said = f"as in the last full row, but {changed}"
+        else:
+            whole = protocol
+        rows.append(f"| {cell(result.metric_name)} | {result.metric_value:.6g} | {cell(said)} |")
+    return rows
+
+
+def _changes(whole: str, protocol: str) -> str:
+    """What a protocol says otherwise than another of the same parts; "" where much differs."""
+    former, parts = (re.split(r"[,;] ", text) for text in (whole, protocol))
+    changed = [part for part, other in zip(parts, former) if part != other]
+    return ", ".join(changed) if len(parts) == len(former) and len(changed) <= len(parts) // CHANGED_AT_MOST else ""

@@ -21,6 +21,7 @@ class Use:
     call: lines of Python that draw samples with `pipe`; "" for a network alone.
     class_names: in the order of their numbers; None where there are none.
     is_conditional: whether samples are asked for by class.
+    advice: a sentence of the pipeline on solvers and steps, with its source; "" where it has none.
     """
 
     class_name: str
@@ -29,6 +30,7 @@ class Use:
     call: str
     class_names: list[str] | None
     is_conditional: bool
+    advice: str = ""
 
     @property
     def is_ours(self) -> bool:
@@ -50,6 +52,7 @@ def use_of_pipeline(pipeline: DiffusionPipeline, has_code: bool, class_names: li
         call=call_text(arguments, "generator" in _accepted(pipeline), draws_images),
         class_names=_names(getattr(pipeline, "id2label", None), count, class_names),
         is_conditional=bool(count),
+        advice=getattr(pipeline, "solver_advice", ""),
     )
 
 

@@ -17,9 +17,9 @@ if TYPE_CHECKING:
 class EvaluateCommand(EvaluationOptions, Command):
     """Draw samples and measure them against real data, or measure the model itself.
 
-    Sample i has the seed --seed + i. The pipeline may also be an .npz file with images (N, H, W[,
-    C]) uint8 and labels (N,). Run by `accelerate launch -m hf_diffusion.cli evaluate` the work is
-    shared by processes.
+    Sample i has the seed --seed + i. The pipeline may also be a folder of image files, an .npz file
+    with images (N, H, W[, C]) uint8 and labels (N,), or an .npy file of images. Run by `accelerate
+    launch -m hf_diffusion.cli evaluate` the work is shared by processes.
     """
 
     update_card: bool = option(False, "write the results into the README.md of the pipeline's folder")

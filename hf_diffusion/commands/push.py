@@ -70,12 +70,16 @@ def push_folder(folder: Path, repo_id: str, message: str, tag: str | None, priva
     """Push a saved pipeline or model, with its card's examples naming the repository."""
     # As above.
     from hf_diffusion.hub.card_merge import name_repository
-    from hf_diffusion.hub.files import pushable_files
+    from hf_diffusion.hub.files import pushable_files, write_published
     from hf_diffusion.hub.push import CARD, Push, check_write_access, push
 
     files = pushable_files(folder)
     repo_id = check_write_access(repo_id, private)
     with tempfile.TemporaryDirectory() as scratch:
+        for name, path in files.items():
+            # beside the card, and without the paths of this machine
+            if write_published(path, Path(scratch) / name):
+                files[name] = Path(scratch) / name
         if CARD in files:
             card = Path(scratch) / CARD
             card.write_text(name_repository(files[CARD].read_text(encoding="utf-8"), repo_id, tag), encoding="utf-8")

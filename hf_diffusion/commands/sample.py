@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hf_diffusion.commands.command import Command
-from hf_diffusion.config.options import UsageError, option
+from hf_diffusion.config.options import HIGHEST_SEED, UsageError, option
 from hf_diffusion.sampling.options import SamplingOptions
 
 
@@ -34,7 +34,7 @@ class SampleCommand(SamplingOptions, Command):
         f"samples in all, as many of each class; none is {NUM_OF_A_CLASS} of each class, {NUM_IMAGES} without classes",
         at_least=1,
     )
-    seed: int = option(0, "seed of the first sample", at_least=0)
+    seed: int = option(0, "seed of the first sample", at_least=0, at_most=HIGHEST_SEED)
     interpolate: int | None = option(
         None,
         "draw a grid of so many columns instead, whose rows lead from one noise to another, spherically",
@@ -65,6 +65,8 @@ class SampleCommand(SamplingOptions, Command):
         drawing.check_call(pipeline, classes is not None, options)
         self.check_files(type(pipeline).__name__, getattr(pipeline, "sample_shape", None))
         picture = self.output or (GRID if self.images_dir is None and self.npz is None else None)
+        if picture is not None:
+            writing.picture_format(picture)
         if self.interpolate is not None:
             rows = NUM_PATHS if classes is None else len(classes)
             seeds = [(self.seed + 2 * row, self.seed + 2 * row + 1) for row in range(rows)]

@@ -313,9 +313,8 @@ def _to_theirs(name: str, tensor: Tensor) -> Tensor:
     """Their shape of a parameter: linear maps of feature maps are convolutions there."""
     if name.endswith(("qkv.weight", "proj_out.weight", "qkv_proj.weight", "c_proj.weight")):
         return tensor[:, :, None]
-    if (
-        name == "out.3.weight" and tensor.shape[1] != 2048
-    ):  # the map of pool "adaptive"; that of "spatial_v2" is linear
+    # The map of pool "adaptive"; that of "spatial_v2" is linear.
+    if name == "out.3.weight" and tensor.shape[1] != 2048:
         return tensor[:, :, None, None]
     return tensor.T if name == "out.2.positional_embedding" else tensor
 

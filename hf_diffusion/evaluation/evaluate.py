@@ -11,10 +11,9 @@ from diffusers import DiffusionPipeline
 from hf_diffusion.config.options import UsageError
 from hf_diffusion.data.protocol import TrainingData
 from hf_diffusion.environment import environment
+from hf_diffusion.evaluation.image_files import FileImages, is_image_source, load_image_files
 from hf_diffusion.evaluation.inputs import (
-    FileImages,
     class_names,
-    load_image_file,
     load_real_data,
     number_classes_alike,
     proportional_labels,
@@ -65,15 +64,15 @@ class Report:
 
 
 def evaluate(options: EvaluationOptions) -> Report:
-    """Measure a pipeline, or the images of an .npz file; all processes call it together.
+    """Measure a pipeline, or images in files; all processes call it together.
 
     ValueError, before anything is drawn, for what cannot be measured or sampled.
     """
     # The first one decides the device and the processes for all that ask for it later.
     state = PartialState(cpu=options.device == "cpu")
     options = replace(options, device=options.device or str(state.device))
-    if options.pipeline.endswith(".npz"):
-        return evaluate_file(options, load_image_file(Path(options.pipeline)))
+    if is_image_source(options.pipeline):
+        return evaluate_file(options, load_image_files(Path(options.pipeline)))
     return evaluate_pipeline(options, SweptPipeline(options))
 
 
@@ -86,7 +85,8 @@ def evaluate_file(options: EvaluationOptions, file: FileImages) -> Report:
             f"{', '.join(others) or 'a sweep'} needs a pipeline"
         )
     data = load_real_data(options, file.sample_shape)
-    judge = Judge(options, options.metrics, data)
+    file = replace(file, labels=file.label_numbers(data.class_names, data.num_classes))
+    judge = Judge(options, options.metrics, data, data.class_names)
     judge.check(len(file), file.labels)
     report = Report(options.output_dir, data.name, len(file))
     report.add_samples({}, judge.evaluate(file, file.labels, None), None)
@@ -100,7 +100,7 @@ def evaluate_pipeline(options: EvaluationOptions, swept: SweptPipeline) -> Repor
     data = load_real_data(options, sample_shape(pipeline))
     number_classes_alike(data, class_names(pipeline))
     labels = labels_of_samples(pipeline, options, data)
-    judge = Judge(options, of_samples, data) if of_samples else None
+    judge = Judge(options, of_samples, data, class_names(pipeline)) if of_samples else None
     if judge is not None:
         judge.check(options.num_images, labels)
         for setting in swept.settings:

@@ -45,6 +45,8 @@ class FeatureNetwork:
     device: torch.device
     classifier: Callable[[Tensor], Tensor] | None = None
     is_inception: bool = False
+    # Of the classes, in the order of the logits; None where nobody recorded them.
+    class_names: tuple[str, ...] | None = None
 
     @torch.no_grad()
     def __call__(self, x: Tensor) -> Tensor:
@@ -62,6 +64,25 @@ class FeatureNetwork:
     def logits(self, samples: np.ndarray) -> Tensor:
         """Logits float32 (N, classes) on the CPU of samples as `draw` gives them, in batches."""
         return _in_batches(self.classify, samples)
+
+    def numbered_as(self, names: Sequence[str]) -> "FeatureNetwork":
+        """The same network with its first classes in the order of `names`.
+
+        Where it recorded none, they are taken to be in order. ValueError for a name it lacks.
+        """
+        known = self.class_names
+        if known is None or not names or tuple(names) == known[: len(names)]:
+            return self
+        missing = [name for name in names if name not in known]
+        if missing:
+            raise ValueError(
+                f"the classifier {self.name} knows {', '.join(known)}, and samples of {missing[0]} are asked for; "
+                "take "
+                "one that was trained on these classes"
+            )
+        order = [known.index(name) for name in names] + [i for i, name in enumerate(known) if name not in names]
+        classify = self.classifier
+        return replace(self, classifier=lambda x: classify(x)[:, order], class_names=tuple(known[i] for i in order))
 
     def _checked(self, function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         try:
@@ -154,7 +175,7 @@ def load_feature_network(
     network = FeatureNetwork(name, digest, function, 0, device, classifier, spec == "inception")
     # Now, and not after hours of sampling.
     probe = network(torch.zeros(2, *shape))
-    return replace(network, dimension=probe.shape[1])
+    return replace(network, dimension=probe.shape[1], class_names=_recorded_classes(spec))
 
 
 def load_classifier(
@@ -247,3 +268,10 @@ def _classifier_folder(path: Path, device: torch.device) -> tuple:
         return net(images, torch.zeros(len(images), dtype=torch.long, device=images.device), return_dict=False)[0]
 
     return path.resolve().name, hash_tensors(net.state_dict()), logits, logits
+
+
+def _recorded_classes(spec: str | os.PathLike) -> tuple[str, ...] | None:
+    """The names of the classes in the configuration of a saved classifier, by number."""
+    config = Path(spec) / "config.json"
+    names = json.loads(config.read_text(encoding="utf-8")).get("id2label") if config.is_file() else None
+    return tuple(names[number] for number in sorted(names, key=int)) if names else None

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 from accelerate import PartialState
+from safetensors import safe_open
 from safetensors.torch import save
 from torch.nn import functional as F
 from tqdm.auto import tqdm
@@ -40,7 +41,9 @@ def trained_network_file(data: TrainingData, cache_dir: str | os.PathLike | None
         )
     if data.labels is None or data.num_classes < 2:
         raise ValueError(f"features 'trained' need real images of at least 2 classes; {data.name} has no such labels")
-    recipe = [VERSION, data.fingerprint, len(data), STEPS, BATCH, LEARNING_RATE, WIDTH, HELD_OUT]
+    # The names, since the same images may have their classes numbered otherwise.
+    classes = data.class_names or []
+    recipe = [VERSION, data.fingerprint, len(data), STEPS, BATCH, LEARNING_RATE, WIDTH, HELD_OUT, classes]
     key = hashlib.sha256(json.dumps(recipe).encode()).hexdigest()[:8]
     name = re.sub(r"[^\w.-]+", "-", Path(data.name).name)
     path = Path(cache_dir or cache_folder()) / f"trained-on-{name}-{key}.safetensors"
@@ -51,6 +54,18 @@ def trained_network_file(data: TrainingData, cache_dir: str | os.PathLike | None
             about = {"held_out_accuracy": f"{accuracy:.4f}", "data": data.name}
             write_whole(path, save(net.state_dict(), metadata=about))
     return path
+
+
+def held_out_accuracy(spec: str | os.PathLike) -> float | None:
+    """The accuracy that the file of a `trained_network_file` records.
+
+    None for any other network.
+    """
+    if Path(spec).suffix != ".safetensors":
+        return None
+    with safe_open(spec, "pt") as file:
+        recorded = (file.metadata() or {}).get("held_out_accuracy")
+    return None if recorded is None else float(recorded)
 
 
 def train_classifier(data: TrainingData, seed: int = 0) -> tuple[ResNetFeatures, float]:

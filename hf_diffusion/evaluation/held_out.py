@@ -17,11 +17,13 @@ QUARTERS = 4
 
 
 class HeldOutLoss:
-    """The mean of a player's loss, and of what else its loss function returns, over held-out samples.
+    """The mean of a player's loss, and of what else its loss function returns, over held-out
+    samples.
 
-    Each sample is looked at in every quarter of the noise levels: eval_<name>_q0 is that of the least noise, eval_<name>
-    the mean of the four. Noise and level belong to the sample, so that neither batches nor processes change the result.
-    The network is in evaluation mode, in which a loss leaves out what is meant for training alone.
+    Each sample is looked at in every quarter of the noise levels: eval_<name>_q0 is that of the
+    least noise, eval_<name> the mean of the four. Noise and level belong to the sample, so that
+    neither batches nor processes change the result. The network is in evaluation mode, in which a
+    loss leaves out what is meant for training alone.
     """
 
     def __init__(
@@ -44,7 +46,10 @@ class HeldOutLoss:
     def _values(
         self, network: nn.Module, batch: dict[str, Tensor], rows: range, quarter: int, device: torch.device
     ) -> dict[str, Tensor]:
-        """The values (B,) that have one a sample; those that hold for some samples only are left out."""
+        """The values (B,) that have one a sample.
+
+        Those that hold for some samples only are left out.
+        """
         batch = {name: value.to(device) for name, value in batch.items()}
         with self.accelerator.autocast():
             values = self.player.loss(network, batch, FixedDraw(self.seed, rows, quarter, QUARTERS, device))
@@ -52,7 +57,10 @@ class HeldOutLoss:
 
     @torch.no_grad()
     def __call__(self, network: nn.Module, stopping: Stopping) -> Evaluation:
-        """The measures of `network`, by all processes together; EvaluationStopped after a signal."""
+        """The measures of `network`, by all processes together.
+
+        EvaluationStopped after a signal.
+        """
         device, sums = self.accelerator.device, dict.fromkeys(self.keys, 0.0)
         for rows in shares(len(self.data), self.batch_size, stopping):
             batch = self.data.fetch(rows, epoch=0)

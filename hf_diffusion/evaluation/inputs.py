@@ -1,10 +1,6 @@
-"""The two sides of an evaluation: real data, and the pipeline or file that is measured."""
+"""The two sides of an evaluation: real data, and what a pipeline says of its samples."""
 
-import zipfile
-from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import yaml
@@ -13,71 +9,8 @@ from diffusers import DiffusionPipeline
 from torch import nn
 
 from hf_diffusion.data.loading import load_data
-from hf_diffusion.data.pixels import from_unit_range
 from hf_diffusion.data.protocol import TrainingData
 from hf_diffusion.evaluation.options import DATA_OPTIONS, EvaluationOptions
-
-
-CHUNK = 256
-
-
-@dataclass(frozen=True)
-class FileImages:
-    """Images uint8 (N, H, W, C) of somebody else, in chunks as `sample_store.Samples` has them."""
-
-    all_images: np.ndarray
-    labels: np.ndarray | None
-    protocol: dict[str, Any]
-
-    def __len__(self) -> int:
-        return len(self.all_images)
-
-    @property
-    def sample_shape(self) -> tuple[int, int, int]:
-        """(C, H, W)."""
-        _, height, width, channels = self.all_images.shape
-        return channels, height, width
-
-    def chunks(
-        self, process: int = 0, processes: int = 1
-    ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray | None]]:
-        """Yield (positions (B,), images, labels (B,) or None) of every chunk of one process."""
-        for start in range(process * CHUNK, len(self.all_images), processes * CHUNK):
-            rows = np.arange(start, min(start + CHUNK, len(self.all_images)))
-            yield rows, self.all_images[rows], None if self.labels is None else self.labels[rows]
-
-
-def load_image_file(path: Path) -> FileImages:
-    """Images and labels of an .npz file; ValueError for anything else.
-
-    Images are uint8 (N, H, W[, C]), or floating-point in [0, 1].
-    """
-    if not path.is_file():
-        raise ValueError(f"{path} is not there")
-    try:
-        # np.load would take anything else for a pickle.
-        with zipfile.ZipFile(path):
-            arrays = dict(np.load(path, allow_pickle=False))
-    except (OSError, ValueError, zipfile.BadZipFile) as error:
-        raise ValueError(f"{path} is no .npz file of arrays: {error}") from error
-    if "images" not in arrays:
-        raise ValueError(f"{path} holds {sorted(arrays)}; it needs the array 'images'")
-    images, labels = arrays["images"], arrays.get("labels")
-    if images.ndim not in (3, 4) or len(images) == 0 or (images.ndim == 4 and images.shape[3] not in (1, 3, 4)):
-        raise ValueError(
-            f"the images of {path} have shape {images.shape}; they must be (N, H, W) or (N, H, W, 1 | 3 | 4)"
-        )
-    if np.issubdtype(images.dtype, np.floating):
-        if not np.isfinite(images).all() or images.min() < 0 or images.max() > 1:
-            raise ValueError(f"the images of {path} hold NaN or values outside [0, 1]; give finite ones, or uint8")
-        images = from_unit_range(images)
-    if images.dtype != np.uint8:
-        raise ValueError(f"the images of {path} are {images.dtype}; they must be uint8, or floating-point in [0, 1]")
-    if labels is not None and labels.shape != (len(images),):
-        raise ValueError(f"{path} has labels {labels.shape} for {len(images)} images; give one an image")
-    images = images[..., None] if images.ndim == 3 else images
-    protocol = {"sampler": f"images of {path.name}", "options": {}, "dtype": "uint8", "device": "file"}
-    return FileImages(images, labels, protocol)
 
 
 def load_real_data(options: EvaluationOptions, shape: tuple[int, ...]) -> TrainingData:

@@ -15,8 +15,8 @@ DATA_OPTIONS = ("dataset_name", "dataset_config_name", "train_data_dir", "image_
 class EvaluationOptions(SamplingOptions):
     """What is measured, of how many samples, against which data.
 
-    Sample i has the seed `seed` + i. The pipeline may also be an .npz file with images (N, H, W[,
-    C]) uint8 and labels (N,).
+    Sample i has the seed `seed` + i. The pipeline may also be a folder of image files, an .npz file
+    with images (N, H, W[, C]) uint8 and labels (N,), or an .npy file of images.
     """
 
     # The pipeline knows which measures its model has beyond those of samples.

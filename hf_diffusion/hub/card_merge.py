@@ -21,7 +21,7 @@ def merge_cards(theirs: str, mine: str) -> str:
     their_head, _, their_tail = split_generated(their_text)
     pieces = (_joined(their_head, my_head), my_block, _joined(their_tail, my_tail))
     text = "\n\n".join(piece for piece in pieces if piece)
-    return format_card(_merged_metadata(their_metadata, my_metadata), f"\n{text}\n")
+    return format_card(_merged_metadata(their_metadata, my_metadata), f"\n{text}\n", mine, theirs)
 
 
 def name_repository(card: str, repo_id: str, revision: str | None) -> str:

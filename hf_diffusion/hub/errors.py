@@ -20,7 +20,9 @@ from huggingface_hub.utils._http import default_client_factory
 
 
 Result = TypeVar("Result")
-TRANSIENT = (408, 412, 425, 429, 500, 502, 503, 504)  # 412: somebody else's commit came first
+# 409 and 412: somebody else's commit came first. 507: no room at the moment. 520 to 524: a proxy
+# before the Hub.
+TRANSIENT = (408, 409, 412, 425, 429, 500, 502, 503, 504, 507, 520, 521, 522, 523, 524)
 TIMEOUTS = {"connect": 15.0, "read": 120.0, "write": 120.0, "pool": 60.0}  # seconds without any progress
 # hf_xet has time limits of its own for large files, 300 s, and for the list of their chunks none at
 # all (xet-core, pull request 685).

@@ -5,12 +5,16 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 
+import yaml
+
+from hf_diffusion.config.publishing import published, published_yaml
 from hf_diffusion.hub.card_format import pictures
 
 
-INDEX = "model_index.json"
+INDEX, CARD = "model_index.json", "README.md"
 CHECKPOINT = "last-checkpoint"  # in the repository; pushed only where `--hub_strategy checkpoint` asks for it
-ROOT_FILES = ("README.md", "LICENSE", "LICENSE.md", "config.yaml", "metrics.json", "loss_curve.png")
+ROOT_FILES = (CARD, "LICENSE", "LICENSE.md", "config.yaml", "metrics.json", "loss_curve.png")
+SETTINGS_AND_RESULTS = ("config.yaml", "metrics.json")
 # Of a component; no pickle, whatever its name. A *.model is a tokenizer's table, which
 # sentencepiece reads as protobuf.
 PART_FILES = ("*.json", "*.safetensors", "*.txt", "*.model", "*.py")
@@ -32,7 +36,7 @@ def pushable_files(folder: Path) -> dict[str, Path]:
     """
     if not folder.is_dir():
         raise ValueError(f"{folder} is not a folder; give the folder of a saved pipeline")
-    names = [*_pipeline_files(folder), *_model_files(folder)]
+    names = model_files(folder)
     if not names:
         raise ValueError(
             f"{folder} holds no pipeline and no model: it has neither {INDEX} nor config.json with weights"
@@ -42,6 +46,31 @@ def pushable_files(folder: Path) -> dict[str, Path]:
     files = {name: folder / name for name in dict.fromkeys(names)}
     refuse_tokens(files.values())
     return files
+
+
+def model_files(folder: Path) -> list[str]:
+    """The files of the pipeline or the model in a folder, by their paths there; without what else
+    is shared."""
+    return [*_pipeline_files(folder), *_model_files(folder)]
+
+
+def write_published(source: Path, target: Path) -> bool:
+    """Write settings or results as others may see them; False, and nothing is written, without
+    local paths in them."""
+    if source.name not in SETTINGS_AND_RESULTS:
+        return False
+    text = source.read_text(encoding="utf-8")
+    try:
+        # JSON is YAML, too
+        content = yaml.safe_load(text)
+    except yaml.YAMLError:
+        return False
+    if published(content) == content:
+        return False
+    target.parent.mkdir(parents=True, exist_ok=True)
+    shown = published_yaml(text) if source.suffix == ".yaml" else json.dumps(published(content), indent=2)
+    target.write_text(shown, encoding="utf-8")
+    return True
 
 
 def refuse_tokens(files: Iterable[Path]) -> None:
@@ -106,7 +135,7 @@ def _model_files(folder: Path) -> list[str]:
 
 
 def _pictures_in_card(folder: Path) -> list[str]:
-    card = folder / "README.md"
+    card = folder / CARD
     shown = pictures(card.read_text(encoding="utf-8")) if card.is_file() else {}
     inside = (name for name in shown if (folder / name).is_file() and ".." not in Path(name).parts)
     return [name for name in inside if Path(name).suffix.lower() in PICTURES and not Path(name).is_absolute()]

@@ -122,6 +122,13 @@ def find_index(
     repo_id = str(name_or_path)
     if repo_id.count("/") > 1 or repo_id.startswith((".", "/", "~")):
         raise ValueError(f"{repo_id!r} is neither a folder here nor a name of the form 'user/repository' on the Hub")
+    parent = Path(repo_id).parent
+    if "/" in repo_id and parent.is_dir():
+        # Asking the Hub for it would take a minute without a network.
+        raise ValueError(
+            f"there is no folder {repo_id!r}, though {str(parent)!r} is one here; give a folder that is there, or ask "
+            f"the Hub for the repository {repo_id!r} from another folder"
+        )
     try:
         options = {"subfolder": subfolder, "revision": revision, **where}
         return Path(patiently(lambda: hf_hub_download(repo_id, INDEX, **options)))

@@ -7,10 +7,10 @@ answer got lost has happened all the same; requests have no timeouts.
 
 import hashlib
 import json
-import logging
 import random
+import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -33,11 +33,7 @@ from hf_diffusion.hub.errors import (
     within,
     without_xet,
 )
-from hf_diffusion.hub.files import is_stale
-
-
-logger = logging.getLogger(__name__)
-CARD = "README.md"
+from hf_diffusion.hub.files import CARD, is_stale
 
 
 @dataclass(frozen=True)
@@ -80,17 +76,27 @@ class Push:
         return self._checksums[path]
 
 
-def push(what: Push, api: HfApi | None = None, patience: Patience = PATIENCE) -> Pushed:
+def say_on_stderr(sentence: str) -> None:
+    """Tell the user what is waited for."""
+    print(sentence, file=sys.stderr, flush=True)
+
+
+def push(
+    what: Push, api: HfApi | None = None, patience: Patience = PATIENCE, say: Callable[[str], None] = say_on_stderr
+) -> Pushed:
     """Push until the Hub has exactly these files, or the deadline is over; raises PushError.
+
+    Every wait is said: what happened, which attempt it was, how long it will be.
 
     The card keeps what people wrote on the Hub outside its generated part; files of earlier pushes
     that this one does not have are removed, others stay. The new commit appears whole or not at
     all, and never on top of a commit that was not read.
     """
     api = api or HfApi()
-    began, wait = time.monotonic(), patience.first_wait
+    began, wait, attempt = time.monotonic(), patience.first_wait, 0
     with ExitStack() as way:
         while True:
+            attempt += 1
             try:
                 with bounded_requests():
                     return _attempt(what, api)
@@ -105,7 +111,11 @@ def push(what: Push, api: HfApi | None = None, patience: Patience = PATIENCE) ->
                         f"the push to {what.repo_id} did not get through in {patience.deadline:.0f} s: {brief(error)}",
                         final=False,
                     ) from error
-                logger.info("the push to %s is tried again in %.1f s: %s", what.repo_id, pause, brief(error))
+                left = patience.deadline - (time.monotonic() - began)
+                say(
+                    f"attempt {attempt} to push to {what.repo_id} did not get through ({brief(error)}); "
+                    f"the next one in {pause:.1f} s, for at most {left:.0f} s more"
+                )
                 time.sleep(pause)
                 wait = min(2 * wait, patience.longest_wait)
 

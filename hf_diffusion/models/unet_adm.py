@@ -16,6 +16,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.loaders.peft import PeftAdapterMixin
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.models.unets.unet_2d import UNet2DOutput
 from diffusers.utils import BaseOutput
@@ -343,7 +344,7 @@ def batch_timesteps(timestep: Tensor | float, sample: Tensor) -> Tensor:
     return timestep.to(sample.device).reshape(-1).expand(batch)
 
 
-class ADMUNet2DModel(ModelMixin, ConfigMixin):
+class ADMUNet2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
     """The U-Net of improved DDPM and ADM: a prediction (B, out_channels, H, W) of noisy images.
 
     Args:

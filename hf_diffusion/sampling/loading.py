@@ -4,6 +4,7 @@ import inspect
 
 import torch
 from diffusers import (
+    DEISMultistepScheduler,
     DiffusionPipeline,
     DPMSolverMultistepScheduler,
     EulerDiscreteScheduler,
@@ -16,7 +17,7 @@ from hf_diffusion.hub.loading import load_pipeline
 from hf_diffusion.models.unet_adm import ADMClassifier
 from hf_diffusion.pipelines.pipeline_classifier_guidance import ClassifierGuidancePipeline
 from hf_diffusion.sampling.options import SamplingOptions
-from hf_diffusion.schedulers.scheduling_gaussian import DDIMEtaScheduler, LinearDDPMScheduler
+from hf_diffusion.schedulers.scheduling_gaussian import DDIMEtaScheduler, ImprovedPNDMScheduler, LinearDDPMScheduler
 
 
 # Each takes over the process from the configuration of a compatible one.
@@ -25,6 +26,8 @@ SCHEDULERS = {
     "ddpm": LinearDDPMScheduler,
     "dpm++": DPMSolverMultistepScheduler,
     "unipc": UniPCMultistepScheduler,
+    "deis": DEISMultistepScheduler,
+    "ipndm": ImprovedPNDMScheduler,
     "euler": EulerDiscreteScheduler,
 }
 DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}

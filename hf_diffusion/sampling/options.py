@@ -7,7 +7,7 @@ from hf_diffusion.config.options import option
 
 
 # The names of `loading.SCHEDULERS`, which needs torch.
-SchedulerName = Literal["ddim", "ddpm", "dpm++", "unipc", "euler"]
+SchedulerName = Literal["ddim", "ddpm", "dpm++", "unipc", "deis", "ipndm", "euler"]
 # Options that are arguments of a pipeline's call, under the same names.
 CALL_OPTIONS = ("num_inference_steps", "eta", "guidance_scale", "guidance_rescale")
 
@@ -52,7 +52,11 @@ class SamplingOptions(PipelineOptions):
         "folder or repository of a classifier of noisy images, whose gradient guides instead; guidance_scale is "
         "its scale",
     )
-    scheduler: SchedulerName | None = option(None, "sample with another scheduler of the same process")
+    scheduler: SchedulerName | None = option(
+        None,
+        "sample with another scheduler of the same process; measured on the shipped Fashion-MNIST DDPM: unipc is best "
+        "from 2 to 20 steps, dpm++ next from 4, and ddim needs 50",
+    )
     timestep_spacing: Literal["leading", "trailing", "linspace"] | None = option(
         None, "how the steps are spread over those of the training; none is the scheduler's own"
     )

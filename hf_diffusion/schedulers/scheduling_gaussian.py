@@ -38,7 +38,14 @@ PROCESS_ARGUMENTS = {
     "beta_schedule",
     "trained_betas",
     "prediction_type",
+    "sigma_max",
 }
+# Schedules that stock schedulers have no name for; the config gives them the betas themselves.
+UNKNOWN_TO_DIFFUSERS = ("sigmoid", "const", "jsd")
+# The noisiest level, sqrt(1 / alpha_bar - 1), from which the sigma spacings of stock solvers start:
+# EDM's (arXiv:2206.00364). The cosine schedule ends at 20,291, and a spacing over that puts most of
+# its levels between the same two timesteps, where the network sees nothing but noise.
+HIGHEST_SIGMA = 80.0
 NOT_IN_RUN = -2
 
 Generators = torch.Generator | list[torch.Generator] | None
@@ -173,17 +180,16 @@ class GaussianScheduler(SchedulerMixin, ConfigMixin):
     Shapes: samples are (B, ...) of any rank; `t` and `s` are an int or int64 tensors () or (B,).
     """
 
+    # Those that draw from a known distribution what they should, in 4 to 50 steps, on every
+    # schedule and with every spacing of sigmas that is not refused: see
+    # tests/schedulers/test_stock_solvers.py.
     _compatibles = [
         "DDIMScheduler",
         "DDPMScheduler",
         "DEISMultistepScheduler",
         "DPMSolverMultistepScheduler",
         "DPMSolverSinglestepScheduler",
-        "EulerAncestralDiscreteScheduler",
         "EulerDiscreteScheduler",
-        "HeunDiscreteScheduler",
-        "LMSDiscreteScheduler",
-        "PNDMScheduler",
         "UniPCMultistepScheduler",
     ]
     order = 1
@@ -193,7 +199,7 @@ class GaussianScheduler(SchedulerMixin, ConfigMixin):
     def _get_compatibles(cls) -> list[type[SchedulerMixin]]:
         """`compatibles`: the classes that take over this process by `from_config`."""
         # diffusers looks the names up in its own package, where the classes of this file are not
-        own = {LinearDDPMScheduler, CosineDDPMScheduler, DDIMEtaScheduler}
+        own = {LinearDDPMScheduler, CosineDDPMScheduler, DDIMEtaScheduler, ImprovedPNDMScheduler}
         return list(own.union(super()._get_compatibles()))
 
     def is_deterministic(self, eta: float | None = None) -> bool:
@@ -218,6 +224,7 @@ class GaussianScheduler(SchedulerMixin, ConfigMixin):
                 f"prediction_type {config.prediction_type!r} cannot give x_0 there; use 'v_prediction' or 'sample'"
             )
         self.betas, self.alpha_bar = betas, alpha_bar
+        self._say_to_stock_solvers(alpha_bar)
         # under the name and in the dtype that stock diffusers code reads
         self.alphas_cumprod = alpha_bar.float()
         # entry t + 1 belongs to t, so that s = -1 finds the level of clean data
@@ -245,6 +252,19 @@ class GaussianScheduler(SchedulerMixin, ConfigMixin):
             changes["rescale_betas_by_steps"] = False
         if "_use_default_values" in config:
             changes["_use_default_values"] = sorted(set(config["_use_default_values"]) - PROCESS_ARGUMENTS)
+        self.register_to_config(**changes)
+
+    def _say_to_stock_solvers(self, alpha_bar: Tensor) -> None:
+        """Put into the config what stock solvers need besides: betas without a name, sigma_max."""
+        config, changes = self.config, {}
+        if config.beta_schedule in UNKNOWN_TO_DIFFUSERS and config.trained_betas is None:
+            changes["trained_betas"] = beta_table(
+                config.beta_schedule, config.num_train_timesteps, config.beta_start, config.beta_end
+            ).tolist()
+        if config.sigma_max is None and alpha_bar[-1] < 1 / (1 + HIGHEST_SIGMA**2):
+            changes["sigma_max"] = HIGHEST_SIGMA
+        if config.sigma_max is not None and not config.sigma_max > 0:
+            raise ValueError(f"sigma_max must be above 0, or None, not {config.sigma_max!r}")
         self.register_to_config(**changes)
 
     def _checked_betas(self) -> Tensor:
@@ -633,6 +653,8 @@ class LinearDDPMScheduler(GaussianScheduler, SchedulerMixin):
     timestep_spacing: see `set_timesteps`.
     rescale_betas_by_steps: multiply beta_start and beta_end by 1000 / T, once; the config then
         holds the products.
+    sigma_max: where stock solvers with use_karras_sigmas or use_exponential_sigmas start; None is
+        80, or the schedule's own where that is lower. Our own schedulers do not use it.
 
     Raises ValueError for a value outside what is allowed.
     """
@@ -656,6 +678,7 @@ class LinearDDPMScheduler(GaussianScheduler, SchedulerMixin):
         steps_offset: int = 0,
         rescale_betas_zero_snr: bool = False,
         rescale_betas_by_steps: bool = False,
+        sigma_max: float | None = None,
     ):
         self._build()
 
@@ -682,6 +705,7 @@ class CosineDDPMScheduler(GaussianScheduler, SchedulerMixin):
         steps_offset: int = 0,
         rescale_betas_zero_snr: bool = False,
         rescale_betas_by_steps: bool = False,
+        sigma_max: float | None = None,
     ):
         self._build()
 
@@ -713,6 +737,7 @@ class DDIMEtaScheduler(GaussianScheduler, SchedulerMixin):
         steps_offset: int = 0,
         rescale_betas_zero_snr: bool = False,
         rescale_betas_by_steps: bool = False,
+        sigma_max: float | None = None,
         eta: float = 0.0,
     ):
         self._checked_eta(eta)
@@ -795,6 +820,78 @@ class DDIMEtaScheduler(GaussianScheduler, SchedulerMixin):
         on_x_0, on_x_t = _ddim_mean(alpha_bar_t, self._run.alpha_bar_t[i - 1] if i > 0 else 0.0, variance=0.0)
         x_next = (x_0 * on_x_0).add_(sample, alpha=on_x_t)
         return GaussianSchedulerOutput(prev_sample=x_next, pred_original_sample=x_0) if return_dict else (x_next, x_0)
+
+
+class ImprovedPNDMScheduler(GaussianScheduler, SchedulerMixin):
+    """DDIM steps along a noise extrapolated from up to four predictions, one call a step (iPNDM).
+
+    PNDM: Liu et al. 2022, arXiv:2202.09778; without its warm-up: Zhang and Chen 2022,
+    arXiv:2204.13902. Arguments as for LinearDDPMScheduler. diffusers' IPNDMScheduler has noise
+    levels of its own whatever the config says, which a network of this process does not know.
+    """
+
+    # Of the newest prediction first: Adams-Bashforth of orders 1 to 4.
+    WEIGHTS = ((1.0,), (3 / 2, -1 / 2), (23 / 12, -16 / 12, 5 / 12), (55 / 24, -59 / 24, 37 / 24, -9 / 24))
+
+    @register_to_config
+    def __init__(
+        self,
+        num_train_timesteps: int = 1000,
+        beta_start: float = 0.0001,
+        beta_end: float = 0.02,
+        beta_schedule: str = "linear",
+        trained_betas: np.ndarray | list[float] | None = None,
+        variance_type: str | None = "fixed_small",
+        clip_sample: bool = True,
+        prediction_type: str = "epsilon",
+        thresholding: bool = False,
+        dynamic_thresholding_ratio: float = 0.995,
+        clip_sample_range: float = 1.0,
+        sample_max_value: float = 1.0,
+        timestep_spacing: str = "leading",
+        steps_offset: int = 0,
+        rescale_betas_zero_snr: bool = False,
+        rescale_betas_by_steps: bool = False,
+        sigma_max: float | None = None,
+    ):
+        self._build()
+
+    def is_deterministic(self, eta: float | None = None) -> bool:
+        """Always: nothing is drawn."""
+        return True
+
+    def _start(self, chosen: np.ndarray, device: str | torch.device | None) -> None:
+        super()._start(chosen, device)
+        self._noises: list[Tensor] = []  # of the run's last steps, the newest first
+
+    def step(
+        self,
+        model_output: Tensor,
+        timestep: int | Tensor,
+        sample: Tensor,
+        generator: Generators = None,
+        return_dict: bool = True,
+    ) -> GaussianSchedulerOutput | tuple[Tensor, Tensor]:
+        """x_s from x_t for the timestep s that follows; the timesteps of a run come in their order.
+
+        The first step starts a run anew. Nothing is drawn, so a generator has no effect. Errors as
+        in LinearDDPMScheduler.step.
+        """
+        i = self.index_for_timestep(timestep)
+        alpha_bar_t, alpha_bar_s = self._run.alpha_bar_t[i], self._run.alpha_bar_s[i]
+        output, _ = self._split(model_output, sample)
+        x_0 = self._step_x_0(output, sample, alpha_bar_t, alpha_bar_s)
+        noise = (sample - math.sqrt(alpha_bar_t) * x_0) / math.sqrt(1 - alpha_bar_t)
+        self._noises = [noise, *(self._noises[:3] if i > 0 else [])]
+        weights = self.WEIGHTS[len(self._noises) - 1]
+        mean_noise = sum(weight * noise for weight, noise in zip(weights, self._noises))
+        # x_s = sqrt(alpha_bar_s / alpha_bar_t) x_t + (...) mean_noise, written without a division
+        # by alpha_bar_t, which may be 0 at the first step
+        on_change = math.sqrt(1 - alpha_bar_s)
+        if len(self._noises) > 1:
+            on_change -= math.sqrt(alpha_bar_s * (1 - alpha_bar_t) / alpha_bar_t)
+        x_s = math.sqrt(alpha_bar_s) * x_0 + math.sqrt(1 - alpha_bar_s) * noise + on_change * (mean_noise - noise)
+        return GaussianSchedulerOutput(prev_sample=x_s, pred_original_sample=x_0) if return_dict else (x_s, x_0)
 
 
 def _ddim_mean(alpha_bar_t: float, alpha_bar_s: float, variance: float) -> tuple[float, float]:

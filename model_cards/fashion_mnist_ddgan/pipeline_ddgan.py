@@ -1,6 +1,7 @@
-"""Image sampling in a few steps with a denoising diffusion GAN, Xiao, Kreis and Vahdat 2022, arXiv:2112.07804.
+"""Sampling in a few steps with a denoising diffusion GAN.
 
-Shapes: B images, C channels, H x W pixels.
+Xiao, Kreis and Vahdat 2022, arXiv:2112.07804. Shapes: B images, C channels, H x W pixels; samples
+of any other rank go the same way.
 """
 
 from collections.abc import Callable, Sequence
@@ -8,166 +9,176 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import torch
 from diffusers import DiffusionPipeline, ImagePipelineOutput, ModelMixin, SchedulerMixin
+from diffusers.utils.torch_utils import randn_tensor
+from PIL import Image
+from torch import Tensor
+
+"""The parts of sampling that pipelines share; each pipeline's loop stands in its own `__call__`.
+
+A part takes the shape of a sample from the pipeline and assumes neither images nor labels nor a
+noise process, so that a pipeline uses the parts that fit it. This text travels inside the
+pipeline's file, see self_contained.py. Shapes: B samples of shape (...), images are (C, H, W).
+"""
+
+import difflib
+import inspect
+import math
+from collections.abc import Callable, Sequence
+from numbers import Integral
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import ImagePipelineOutput, ModelMixin
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
 from torch import Tensor
 
-"""Pipelines that save the code of their classes beside the weights, and load without running a repository's code.
 
-diffusers loads a pipeline whose package is not installed if the folder carries the pipeline's file at its root, each
-component's file in the component's folder, and an index that names them (`trust_remote_code=True`). `SelfContainedMixin`
-writes that form. The file that travels must need no neighbour: diffusers keeps the code of all repositories in one folder
-and keeps imported neighbours across loads, so a second repository would run with the first one's neighbour. Therefore this
-file's text replaces the line that imports it, and what travels is one file.
-"""
-
-import difflib
-import importlib
-import json
-import logging
-import os
-import re
-import shutil
-import sys
-import uuid
-from numbers import Integral
-from pathlib import Path
-
-import numpy as np
-from torch import Tensor
+OUTPUT_TYPES = ("pil", "np", "pt", "latent")
+# Of the first feature map in one forward on the CPU. Measured on one core, 28x28 in 2x2 patches and
+# 32x32, 64 channels: images/s for 0.4, 1.5, 3, 6, 12 MiB are 141, 165, 177, 175, 164 and 33 to 36.
+# Past 32 MiB a tensor, page faults halve it. A classifier's gradient: 33, 39, 43, 44, 38 images/s
+# for 0.25, 1, 4, 8, 16 MiB.
+CPU_FEATURE_MAP_BYTES = 2**22
+SHOWN_SAMPLES = 4
 
 
-logger = logging.getLogger(__name__)
-
-IN_PACKAGE = __name__.startswith("hf_diffusion.")  # False in the copy of this text that travels with a pipeline
-IMPORT_OF_THIS_FILE = re.compile(r"^from hf_diffusion\.pipelines\.self_contained import \w+$", re.MULTILINE)
-LIBRARIES = ("diffusers", "transformers", "onnxruntime")  # what stock diffusers imports by itself
-
-
-def _code_of(cls: type) -> tuple[str, str] | None:
-    """File stem and self-contained text of the module of `cls`; None where there is no module file to send along."""
-    file = getattr(sys.modules.get(cls.__module__), "__file__", None)
-    if cls.__module__.split(".")[0] in LIBRARIES or cls.__module__ == "__main__" or file is None:
-        return None
-    text = Path(file).read_text(encoding="utf-8")
-    return Path(file).stem, IMPORT_OF_THIS_FILE.sub(lambda _: Path(__file__).read_text(encoding="utf-8"), text)
+def sides(sample_size: int | Sequence[int] | None) -> tuple[int, ...]:
+    """The spatial sides that a network's `sample_size` means: a number is a square, None is ()."""
+    if sample_size is None:
+        return ()
+    return (sample_size, sample_size) if isinstance(sample_size, int) else tuple(sample_size)
 
 
-def _move_into(staging: Path, target: Path, index_name: str) -> None:
-    """Move every file of `staging` to its place in `target`, each in one step and the index last."""
-    files = sorted((f for f in staging.rglob("*") if f.is_file()), key=lambda f: f.name == index_name)
-    for folder in {f.parent.relative_to(staging) for f in files}:
-        (target / folder).mkdir(parents=True, exist_ok=True)
-        for shards in (target / folder).glob("*.safetensors.index*.json"):
-            # the loader prefers shards to a single file, so the list of an earlier, larger save would win over this one
-            if folder != Path() and not (staging / folder / shards.name).exists():
-                shards.unlink()
-    for file in files:
-        os.replace(file, target / file.relative_to(staging))
+def feature_map_bytes(network: ModelMixin) -> int:
+    """Bytes of one sample's first feature map in float32, by the names that configs use."""
+    config = network.config
+    channels = config.get("model_channels") or max(config.get("block_out_channels") or [128])
+    shape = sides(config.get("sample_size"))
+    return 4 * channels * max(1, math.prod(shape) // (config.get("patch_size") or 1) ** len(shape))
 
 
-class SelfContainedMixin:
-    """Saving with code, loading without trust, and labels by name, for a `DiffusionPipeline` that names this class before its base.
+def in_micro_batches(
+    network: ModelMixin, size: int | None, sample: Tensor, t: Tensor, *inputs: Tensor, **conditions: Tensor | None
+) -> Tensor:
+    """`network(sample, t, *inputs, **conditions)` for B samples, `size` at a time; None is all.
 
-    For the labels the pipeline has `num_classes` and `id2label`, the names of the classes by number, or None.
+    `t` holds for all samples. Inputs and conditions have B rows, and those that are None are left
+    out. Floating-point tensors reach the network in its dtype; the output is in float32 at least.
+    """
+    conditions = {name: rows for name, rows in conditions.items() if rows is not None}
+    tensors = [x.to(network.dtype) if x.is_floating_point() else x for x in (sample, *inputs, *conditions.values())]
+    outputs = []
+    for x, *rest in zip(*(x.split(int(size or len(sample))) for x in tensors)):
+        named = dict(zip(conditions, rest[len(inputs) :]))
+        outputs.append(network(x, t, *rest[: len(inputs)], **named, return_dict=False)[0])
+    output = torch.cat(outputs)
+    return output.to(torch.promote_types(output.dtype, torch.float32))
+
+
+class SamplingMixin:
+    """Labels, checks, latents, micro-batches, callbacks and outputs for a `DiffusionPipeline`.
+
+    A pipeline that names this class before its base says of itself what others ask:
+
+        network_name: the component that draws; its config has `in_channels`, `sample_size` and,
+            where it knows classes, `num_class_embeds` and `null_class`.
+        sampling_options: the arguments of a call that say how to sample, such as the steps.
+        measures: measures of the model itself beyond those of its samples, by name, each as
+            "module:function".
+
+    Its `__call__` uses the methods below from top to bottom. A process that does not start from
+    Gaussian noise has its own `prepare_latents`.
     """
 
-    def register_modules(self, **modules) -> None:
-        super().register_modules(**modules)
-        # The files that diffusers runs for a repository are overwritten by the next load, so they are read at once.
-        classes = [type(self), *(type(getattr(module, "_orig_mod", module)) for module in modules.values())]
-        self._code = {**getattr(self, "_code", {}), **{cls: _code_of(cls) for cls in classes}}
+    network_name = "unet"
+    sampling_options: tuple[str, ...] = ("num_inference_steps",)
+    measures: dict[str, str] = {}
+    image_processor = VaeImageProcessor(vae_scale_factor=1)
+    _callback_tensor_inputs = ["latents"]
 
-    def save_pretrained(
+    @property
+    def drawing_network(self) -> ModelMixin:
+        """The network that draws the samples."""
+        return getattr(self, self.network_name)
+
+    @property
+    def image_size(self) -> tuple[int, ...]:
+        """Height and width of the images; () for samples without sides, such as points."""
+        return sides(self.drawing_network.config.get("sample_size"))
+
+    @property
+    def sample_shape(self) -> tuple[int, ...]:
+        """Shape of one sample: (C, H, W) of an image, (C,) of a point."""
+        return (self.drawing_network.config.in_channels, *self.image_size)
+
+    @property
+    def id2label(self) -> dict[int, str] | None:
+        """The names of the classes by number, None if they have no names."""
+        return self.config.get("id2label")
+
+    @property
+    def num_classes(self) -> int | None:
+        """The number of real classes, None for an unconditional model."""
+        return self.drawing_network.config.get("num_class_embeds")
+
+    @property
+    def null_class_id(self) -> int | None:
+        """The label that means "no class" to the network, None if it has none."""
+        config = self.drawing_network.config
+        return config.get("num_class_embeds") if config.get("null_class") else None
+
+    @property
+    def guidance_scale(self) -> float:
+        """The scale of the running or last call."""
+        return self._guidance_scale
+
+    @property
+    def num_timesteps(self) -> int:
+        """The number of steps of the running or last call."""
+        return self._num_timesteps
+
+    @property
+    def interrupt(self) -> bool:
+        """Set `pipe._interrupt = True` in a callback to leave out the remaining steps."""
+        return self._interrupt
+
+    def register_id2label(self, id2label: dict[int | str, str] | None) -> None:
+        """Keep the classes' names in model_index.json; JSON turns the numbers into strings."""
+        self.register_to_config(id2label=id2label and {int(i): str(name) for i, name in id2label.items()})
+
+    # --- labels ---------------------------------------------------------------------------------
+
+    def prepare_labels(
         self,
-        save_directory: str | os.PathLike,
-        safe_serialization: bool = True,
-        variant: str | None = None,
-        max_shard_size: int | str | None = None,
-        push_to_hub: bool = False,
-        **kwargs,
-    ) -> None:
-        """Write weights, configurations and code, so that `DiffusionPipeline.from_pretrained` needs no package.
+        class_labels: int | str | list[int | str] | Tensor | None,
+        batch_size: int | None,
+        num_images_per_label: int,
+    ) -> tuple[Tensor | None, int]:
+        """The class numbers, int64 (B,) or None where no labels are given, and B.
 
-        Every file appears whole, the index last; other files of an existing folder stay. With `push_to_hub=True` the
-        remaining arguments (`repo_id`, `private`, `token`, `commit_message`, ...) are those of `push_to_hub`. Raises ValueError for
-        `safe_serialization=False`: weights are written as safetensors, since a pickle can run code when it is read.
+        Raises ValueError for labels that the model does not know or lacks, or another `batch_size`.
         """
-        if not safe_serialization:
-            raise ValueError(
-                "safe_serialization=False would write a pickle, which can run code when it is read; leave it out"
-            )
-        target = Path(save_directory)
-        if target.exists() and not target.is_dir():
-            raise ValueError(f"save_directory must be a folder, but {str(target)!r} is a file; choose another name")
-        inside = target if target.is_dir() else target.absolute().parent  # the same file system, and surely writable
-        staging = inside / f".saving-{uuid.uuid4().hex}"
-        staging.mkdir(parents=True)
-        try:
-            super().save_pretrained(staging, max_shard_size=max_shard_size, variant=variant)
-            self._write_code(staging)
-            if target.is_dir():
-                _move_into(staging, target, self.config_name)
-            else:
-                os.rename(staging, target)
-        finally:
-            shutil.rmtree(staging, ignore_errors=True)
-        if push_to_hub:
-            self.push_to_hub(kwargs.pop("repo_id", target.name), variant=variant, **kwargs)
-
-    def _write_code(self, folder: Path) -> None:
-        """Put each class's file where diffusers looks for it and name the files in the index."""
-        index = {}
-        parts = {"": self, **{name: part for name, part in self.components.items() if part is not None}}
-        for name, part in parts.items():
-            cls = type(getattr(part, "_orig_mod", part))  # torch.compile wraps the model in a class of its own
-            code = self._code[cls] if cls in self._code else _code_of(cls)
-            if code is not None:
-                stem, text = code
-                (folder / name / f"{stem}.py").write_text(text, encoding="utf-8")
-                index[name or "_class_name"] = [stem, cls.__name__]
-            elif cls.__module__.split(".")[0] not in LIBRARIES:
-                logger.warning(
-                    f"{cls.__name__} has no file of its own that could be saved beside its weights; move the class"
-                    " into a module, or others cannot load this pipeline"
+        for name, count in (("batch_size", batch_size), ("num_images_per_label", num_images_per_label)):
+            if count is not None and (not isinstance(count, Integral) or isinstance(count, bool)):
+                raise ValueError(f"{name} must be a whole number, not {count!r}")
+        if class_labels is None:
+            if self.drawing_network.config.get("num_class_embeds") is not None and self.null_class_id is None:
+                raise ValueError(
+                    f"class_labels are missing; this model needs one of 0 to {self.num_classes - 1} for each image"
                 )
-        for file in (folder / self.config_name, *folder.glob("*/*config.json")):
-            config = json.loads(file.read_text(encoding="utf-8"))
-            config.pop("_name_or_path", None)  # a path on this computer, which is nobody else's business
-            config.update(index if file.parent == folder else {})
-            file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-
-    @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs):
-        """Load a folder or repository with the installed package's classes; code in the repository is never run.
-
-        Takes the arguments of `DiffusionPipeline.from_pretrained`, `subfolder` of the repository, and `verify=True`, which compares what
-        was fetched with the Hub's checksums. Raises ValueError for a class that the package does not have and for
-        `use_safetensors=False`, OSError for files that are missing or damaged.
-        """
-        if not IN_PACKAGE:  # this class came from a repository: the stock loader, which asks for trust_remote_code
-            return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
-        if kwargs.pop("use_safetensors", None) is False:
-            raise ValueError(
-                "use_safetensors=False would read a pickle, which can run code; save the pipeline as safetensors"
-            )
-        download = importlib.import_module("hf_diffusion.hub.loading").download_pipeline
-        folder = download(pretrained_model_name_or_path, kwargs)
-        pipe = super().from_pretrained(folder, **{**kwargs, "trust_remote_code": False, "use_safetensors": True})
-        pipe.register_to_config(_name_or_path=str(pretrained_model_name_or_path))
-        return pipe
-
-    @classmethod
-    def load_config(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs):
-        config = super().load_config(pretrained_model_name_or_path, **kwargs)
-        if IN_PACKAGE:  # from_pretrained reads the index here, and finds the package's modules in place of files
-            name_classes = importlib.import_module("hf_diffusion.hub.loading").name_package_classes
-            name_classes(config[0] if isinstance(config, tuple) else config)
-        return config
+            return None, 1 if batch_size is None else int(batch_size)
+        if self.num_classes is None:
+            raise ValueError(f"class_labels={class_labels!r} were given to a model without classes; leave them out")
+        label_ids = [i for i in self.get_label_ids(class_labels) for _ in range(num_images_per_label)]
+        if batch_size not in (None, len(label_ids)):
+            raise ValueError(f"batch_size={batch_size}, but the labels make {len(label_ids)} images; leave it out")
+        return torch.tensor(label_ids, dtype=torch.int64, device=self._execution_device), len(label_ids)
 
     def get_label_ids(self, class_labels: int | str | list[int | str] | Tensor) -> list[int]:
-        """Class numbers for numbers and names; raises ValueError for those that the model does not know."""
+        """Class numbers for numbers and names; raises ValueError for those that are unknown."""
         labels = class_labels.flatten().tolist() if isinstance(class_labels, (Tensor, np.ndarray)) else class_labels
         return [self._label_id(label) for label in (labels if isinstance(labels, (list, tuple, range)) else [labels])]
 
@@ -189,119 +200,373 @@ class SelfContainedMixin:
             )
         return found[0]
 
+    def example_call(self) -> dict[str, Any]:
+        """Arguments of a call that draws a few samples, for the model's card."""
+        names = list((self.id2label or {}).values())
+        labels = [
+            self.id2label[i] if names.count((self.id2label or {}).get(i)) == 1 else i
+            for i in range(min(SHOWN_SAMPLES, self.num_classes or 0))
+        ]
+        arguments = {"class_labels": labels} if labels else {"batch_size": SHOWN_SAMPLES}
+        return arguments if len(self.sample_shape) == 3 else {**arguments, "output_type": "np"}
 
+    # --- checks ---------------------------------------------------------------------------------
 
-OUTPUT_TYPES = ("pil", "np", "pt", "latent")
-# Of the first feature map, in one forward on the CPU; measured for ClassifierFreeGuidancePipeline, whose network is alike.
-CPU_FEATURE_MAP_BYTES = 2**22
-
-
-class DDGANPipeline(SelfContainedMixin, DiffusionPipeline):
-    """Samples images from a generator that was trained for the T steps of its scheduler, by one call of it a step.
-
-    Args:
-        generator: called as `generator(sample, timestep, latent)`, with `class_labels=...` if `config.num_class_embeds` says
-            that it knows classes; predicts x_0. `config.latent_dim` is the width of the latent. The sources of randomness of a
-            call, `torch.Generator`s, are another thing, which diffusers calls `generator` in every pipeline.
-        scheduler: a DDGANScheduler of the T steps of the training.
-        id2label: the names of the classes by number; kept in model_index.json.
-    """
-
-    model_cpu_offload_seq = "generator"
-    _callback_tensor_inputs = ["latents"]
-
-    def __init__(self, generator: ModelMixin, scheduler: SchedulerMixin, id2label: dict | None = None):
-        super().__init__()
-        self.register_modules(generator=generator, scheduler=scheduler)
-        if id2label is not None:
-            id2label = {int(i): str(name) for i, name in id2label.items()}  # JSON turns the numbers into strings
-        self.register_to_config(id2label=id2label)
-        self.image_processor = VaeImageProcessor(vae_scale_factor=1)
-
-    @property
-    def id2label(self) -> dict[int, str] | None:
-        """The names of the classes by number, None if they have no names."""
-        return self.config["id2label"]
-
-    @property
-    def num_classes(self) -> int | None:
-        """The number of classes, None for an unconditional model."""
-        return self.generator.config.get("num_class_embeds")
-
-    @property
-    def image_size(self) -> tuple[int, int]:
-        """Height and width of the images."""
-        size = self.generator.config.sample_size
-        return (size, size) if isinstance(size, int) else tuple(size)
-
-    @property
-    def num_timesteps(self) -> int:
-        return self._num_timesteps
-
-    @property
-    def interrupt(self) -> bool:
-        """Set `pipe._interrupt = True` in a callback to leave out the remaining steps."""
-        return self._interrupt
-
-    def check_inputs(
+    def check_common(
         self,
-        label_ids: list[int] | None,
         batch: int,
         generator: torch.Generator | list[torch.Generator] | None,
         latents: Tensor | None,
         output_type: str,
         callback_on_step_end_tensor_inputs: Sequence[str],
-        micro_batch_size: int | None,
+        **micro_batch_sizes: int | None,
     ) -> None:
-        """Raise ValueError, with what is allowed, for an argument of a call that the rest cannot work with."""
-        if not hasattr(self.scheduler, "sample_posterior"):
-            raise ValueError(
-                f"a {type(self.scheduler).__name__} cannot sample from this network; a denoising diffusion GAN needs the"
-                " DDGANScheduler that it was trained with"
-            )
-        if self.num_classes is not None and label_ids is None:
-            raise ValueError(
-                f"class_labels are missing; this model needs one of 0 to {self.num_classes - 1} for each image"
-            )
+        """Raise ValueError, with what is allowed, for arguments that every pipeline takes."""
         if batch < 1:
             raise ValueError(f"the call asks for {batch} images; ask for at least 1")
+        sources = generator if isinstance(generator, list) else [generator]
+        if not all(isinstance(source, torch.Generator) for source in sources) and generator is not None:
+            raise ValueError(
+                f"generator={generator!r} is neither a torch.Generator nor a list of them; write "
+                "torch.Generator().manual_seed(seed)"
+            )
         if isinstance(generator, list) and len(generator) != batch:
             raise ValueError(
                 f"{len(generator)} generators were given for {batch} images; give one, or one for each image"
             )
-        shape = (batch, self.generator.config.in_channels, *self.image_size)
+        shape = (batch, *self.sample_shape)
         if latents is not None and tuple(latents.shape) != shape:
             raise ValueError(f"latents have shape {tuple(latents.shape)}, but this call needs {shape}")
         if output_type not in OUTPUT_TYPES:
             raise ValueError(f"unknown output_type {output_type!r}; choose from {list(OUTPUT_TYPES)}")
+        if output_type == "pil" and len(self.sample_shape) != 3:
+            raise ValueError(
+                f"output_type='pil' needs images, but a sample has shape {self.sample_shape}; "
+                f"choose from {list(OUTPUT_TYPES[1:])}"
+            )
         unknown = [name for name in callback_on_step_end_tensor_inputs if name not in self._callback_tensor_inputs]
         if unknown:
             raise ValueError(f"callback_on_step_end_tensor_inputs knows {self._callback_tensor_inputs}, not {unknown}")
-        if micro_batch_size is not None and (not isinstance(micro_batch_size, int) or micro_batch_size < 1):
+        for name, size in micro_batch_sizes.items():
+            if size is not None and (not isinstance(size, Integral) or size < 1):
+                raise ValueError(f"{name} must be a whole number of at least 1 or None, not {size!r}")
+
+    def check_steps(
+        self,
+        num_inference_steps: int,
+        timesteps: list[int] | str | None = None,
+        eta: float | None = None,
+        guidance_interval: tuple[float, float] = (0.0, 1.0),
+    ) -> None:
+        """Raise ValueError, with what is allowed, for steps that the scheduler cannot take."""
+        scheduler = type(self.scheduler).__name__
+        if timesteps is None and (not isinstance(num_inference_steps, Integral) or num_inference_steps < 1):
+            raise ValueError(f"num_inference_steps must be a whole number of at least 1, not {num_inference_steps!r}")
+        if timesteps is not None and "timesteps" not in inspect.signature(self.scheduler.set_timesteps).parameters:
+            raise ValueError(f"{scheduler} takes no timesteps of one's own; use num_inference_steps")
+        if eta is not None and "eta" not in inspect.signature(self.scheduler.step).parameters:
+            raise ValueError(f"{scheduler} has no eta; leave it out, or use DDIMEtaScheduler")
+        if eta is not None and not 0 <= eta <= 1:
+            raise ValueError(f"eta must be between 0 and 1, not {eta!r}")
+        interval = tuple(guidance_interval)
+        if len(interval) != 2 or not 0 <= interval[0] <= interval[1] <= 1:
             raise ValueError(
-                f"micro_batch_size must be a whole number of at least 1 or None, not {micro_batch_size!r}"
+                f"guidance_interval must be (low, high) with 0 <= low <= high <= 1, not {guidance_interval!r}"
             )
 
-    def default_micro_batch_size(self) -> int | None:
-        """Images that one forward should take: None, all of them, unless it runs on the CPU."""
+    # --- the run --------------------------------------------------------------------------------
+
+    def default_micro_batch_size(self, network: ModelMixin | None = None) -> int | None:
+        """Samples that one forward should take: None, all of them, unless it runs on the CPU."""
         if self._execution_device.type != "cpu":
             return None
-        config, (height, width) = self.generator.config, self.image_size
-        pixels = height * width // config.get("patch_size", 1) ** 2
-        return max(1, CPU_FEATURE_MAP_BYTES // (config.get("model_channels", 128) * pixels * 4))
+        return max(1, CPU_FEATURE_MAP_BYTES // feature_map_bytes(self.drawing_network if network is None else network))
 
-    def predict(
-        self, x_tp1: Tensor, t: Tensor, latent: Tensor, labels: Tensor | None, micro_batch_size: int | None
+    def prepare_timesteps(self, num_inference_steps: int | None, timesteps: list[int] | str | None = None) -> Tensor:
+        """The scheduler's timesteps for this call; `timesteps` of one's own replace the number."""
+        if timesteps is None:
+            steps = None if num_inference_steps is None else int(num_inference_steps)
+            self.scheduler.set_timesteps(steps, device=self._execution_device)
+        else:
+            self.scheduler.set_timesteps(timesteps=timesteps, device=self._execution_device)
+        # Stock solvers else look the first timestep up, and start at its second entry where two
+        # noise levels have the same.
+        if hasattr(self.scheduler, "set_begin_index"):
+            self.scheduler.set_begin_index(0)
+        self._num_timesteps = len(self.scheduler.timesteps)
+        return self.scheduler.timesteps
+
+    def timesteps_within(self, interval: tuple[float, float]) -> list[bool]:
+        """For each timestep of the run whether t / num_train_timesteps lies in [low, high].
+
+        Known before the loop, because reading a timestep on a GPU makes the host wait.
+        """
+        low, high = interval
+        count = self.scheduler.config.num_train_timesteps
+        return [low <= t / count <= high for t in self.scheduler.timesteps.tolist()]
+
+    def prepare_latents(
+        self, batch: int, generator: torch.Generator | list[torch.Generator] | None, latents: Tensor | None
     ) -> Tensor:
-        """The prediction of x_0 for x_{t+1} (B, C, H, W), computed `micro_batch_size` images at a time."""
-        dtype, size = self.generator.dtype, micro_batch_size or len(x_tp1)
-        outputs = []
-        for start in range(0, len(x_tp1), size):
-            rows = slice(start, start + size)
-            condition = {} if labels is None else {"class_labels": labels[rows]}
-            inputs = (x_tp1[rows].to(dtype), t, latent[rows].to(dtype))
-            outputs.append(self.generator(*inputs, **condition, return_dict=False)[0])
-        return torch.cat(outputs).to(x_tp1.dtype)
+        """The first x_t (B, ...), in float32 at least; given `latents` are unit noise, too."""
+        device, dtype = self._execution_device, torch.promote_types(self.drawing_network.dtype, torch.float32)
+        if latents is None:
+            latents = randn_tensor((batch, *self.sample_shape), generator=generator, device=device, dtype=dtype)
+        return latents.to(device, dtype) * self.scheduler.init_noise_sigma
+
+    def after_step(
+        self, callback: Callable | None, names: Sequence[str], i: int, t: Tensor, **tensors: Tensor
+    ) -> tuple[Tensor, ...]:
+        """The tensors in their order, as `callback(pipe, i, t, tensors by name)` leaves them."""
+        if callback is None:
+            return tuple(tensors.values())
+        changed = callback(self, i, t, {name: tensors[name] for name in names})
+        if not isinstance(changed, dict):
+            raise ValueError(
+                f"callback_on_step_end returned {changed!r}; return a dict of changed tensors, {{}} for none"
+            )
+        return tuple(changed.get(name, tensor) for name, tensor in tensors.items())
+
+    def to_output(
+        self, samples: Tensor, output_type: str, return_dict: bool
+    ) -> ImagePipelineOutput | tuple[list[Image.Image] | np.ndarray | Tensor]:
+        """What a call returns for samples (B, ...); images go from [-1, 1] to [0, 1]."""
+        if output_type != "latent" and len(self.sample_shape) == 3:
+            samples = self.image_processor.postprocess(samples, output_type=output_type)
+        elif output_type == "np":
+            samples = samples.cpu().numpy()
+        self.maybe_free_model_hooks()
+        return ImagePipelineOutput(images=samples) if return_dict else (samples,)
+
+"""Pipelines that save their code beside the weights, and load without running foreign code.
+
+diffusers loads a pipeline whose package is not installed if the folder carries the pipeline's file
+at its root, each component's file in the component's folder, and an index that names them
+(`trust_remote_code=True`). `SelfContainedMixin` writes that form. The
+file that travels must need no neighbour: diffusers keeps the code of all repositories in one folder
+and keeps imported neighbours across loads, so a second repository would run with the first one's
+neighbour. Therefore the text of this file and of sampling_parts.py replaces the line that imports
+from it, and what travels is one file.
+"""
+
+import importlib
+import json
+import logging
+import os
+import re
+import shutil
+import sys
+import uuid
+from pathlib import Path
+
+from diffusers import DiffusionPipeline
+
+
+logger = logging.getLogger(__name__)
+
+# False in the copy of this text that travels with a pipeline.
+IN_PACKAGE = __name__.startswith("hf_diffusion.")
+IMPORT_OF_SHARED_TEXT = re.compile(
+    r"^from hf_diffusion\.pipelines\.(self_contained|sampling_parts) import (?:[\w, ]+|\([^)]+\))$", re.MULTILINE
+)
+# Weights, whole or one of the shards, and the list of the shards, as diffusers names them.
+WEIGHTS = re.compile(
+    r"(?P<name>[^.]+?)(\.(?P<variant>[^.]+?))?(-\d{5}-of-\d{5})?\.safetensors(\.index(\.(?P<index_variant>[^.]+))?\.json)?"
+)
+# What stock diffusers imports by itself.
+LIBRARIES = ("diffusers", "transformers", "onnxruntime")
+
+
+def _code_of(cls: type) -> tuple[str, str] | None:
+    """Stem and self-contained text of the file of `cls`; None where no file can be sent along."""
+    file = getattr(sys.modules.get(cls.__module__), "__file__", None)
+    if cls.__module__.split(".")[0] in LIBRARIES or cls.__module__ == "__main__" or file is None:
+        return None
+    text = Path(file).read_text(encoding="utf-8")
+    return Path(file).stem, IMPORT_OF_SHARED_TEXT.sub(lambda line: _shared_text(line[1]), text)
+
+
+def _shared_text(stem: str) -> str:
+    """The text of this file or of the other one that travels."""
+    return Path(__file__).with_name(f"{stem}.py").read_text(encoding="utf-8")
+
+
+def _move_into(staging: Path, target: Path, index_name: str) -> None:
+    """Move every file of `staging` to its place in `target`, each in one step, the index last.
+
+    Weights of the same name and variant that an earlier save left in another number of files are
+    removed; those of other variants stay.
+    """
+    files = sorted((f for f in staging.rglob("*") if f.is_file()), key=lambda f: f.name == index_name)
+    stale = []
+    for folder in {f.parent.relative_to(staging) for f in files}:
+        (target / folder).mkdir(parents=True, exist_ok=True)
+        saved = {_weights_of(f.name) for f in (staging / folder).iterdir()} - {None}
+        for file in (target / folder).iterdir():
+            if _weights_of(file.name) in saved and not (staging / folder / file.name).exists():
+                stale.append(file)
+    # The loader prefers shards, so the list of an earlier, larger save would win over this one.
+    for file in stale:
+        if file.suffix == ".json":
+            file.unlink()
+    for file in files:
+        os.replace(file, target / file.relative_to(staging))
+    for file in stale:
+        file.unlink(missing_ok=True)
+
+
+def _weights_of(file: str) -> tuple[str, str | None] | None:
+    """Name and variant of the weights that a file holds a part of; None where it holds none."""
+    found = WEIGHTS.fullmatch(file)
+    return None if found is None else (found["name"], found["variant"] or found["index_variant"])
+
+
+class SelfContainedMixin:
+    """Saving with code and loading without trust; a pipeline names this class before its base."""
+
+    def register_modules(self, **modules) -> None:
+        super().register_modules(**modules)
+        # diffusers overwrites the files that it runs for a repository at the next load.
+        classes = [type(self), *(type(getattr(module, "_orig_mod", module)) for module in modules.values())]
+        self._code = {**getattr(self, "_code", {}), **{cls: _code_of(cls) for cls in classes}}
+
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike,
+        safe_serialization: bool = True,
+        variant: str | None = None,
+        max_shard_size: int | str | None = None,
+        push_to_hub: bool = False,
+        **kwargs,
+    ) -> None:
+        """Write weights, configurations and code, so that loading needs no package.
+
+        Every file appears whole, the index last; other files of an existing folder stay. With
+        `push_to_hub=True` the remaining arguments (`repo_id`, `private`, `token`, ...) are those of
+        `push_to_hub`. Raises ValueError for `safe_serialization=False`: weights are written as
+        safetensors, since a pickle can run code when it is read.
+        """
+        if not safe_serialization:
+            raise ValueError(
+                "safe_serialization=False would write a pickle, which can run code when it is read; leave it out"
+            )
+        for name, part in self.components.items():
+            if adapters := getattr(part, "peft_config", None):
+                raise ValueError(
+                    f"the {name} has the adapters {', '.join(adapters)} beside its weights; save them by "
+                    f"pipe.{name}.save_lora_adapter(folder), or make them part of the weights by fuse_lora() and "
+                    "unload_lora()"
+                )
+        target = Path(save_directory)
+        if target.exists() and not target.is_dir():
+            raise ValueError(f"save_directory must be a folder, but {str(target)!r} is a file; choose another name")
+        # Inside the target or beside it: the same file system, and surely writable.
+        inside = target if target.is_dir() else target.absolute().parent
+        staging = inside / f".saving-{uuid.uuid4().hex}"
+        staging.mkdir(parents=True)
+        try:
+            super().save_pretrained(staging, max_shard_size=max_shard_size, variant=variant)
+            self._write_code(staging)
+            if target.is_dir():
+                _move_into(staging, target, self.config_name)
+            else:
+                os.rename(staging, target)
+        finally:
+            shutil.rmtree(staging, ignore_errors=True)
+        if push_to_hub:
+            self.push_to_hub(kwargs.pop("repo_id", target.name), variant=variant, **kwargs)
+
+    def _write_code(self, folder: Path) -> None:
+        """Put each class's file where diffusers looks for it and name the files in the index."""
+        index = {}
+        parts = {"": self, **{name: part for name, part in self.components.items() if part is not None}}
+        for name, part in parts.items():
+            # torch.compile wraps the model in a class of its own.
+            cls = type(getattr(part, "_orig_mod", part))
+            code = self._code[cls] if cls in self._code else _code_of(cls)
+            if code is not None:
+                stem, text = code
+                (folder / name / f"{stem}.py").write_text(text, encoding="utf-8")
+                index[name or "_class_name"] = [stem, cls.__name__]
+            elif cls.__module__.split(".")[0] not in LIBRARIES:
+                logger.warning(
+                    f"{cls.__name__} has no file of its own that could be saved beside its weights; move the class"
+                    " into a module, or others cannot load this pipeline"
+                )
+        for file in (folder / self.config_name, *folder.glob("*/*config.json")):
+            config = json.loads(file.read_text(encoding="utf-8"))
+            # A path on this computer is nobody else's business.
+            config.pop("_name_or_path", None)
+            config.update(index if file.parent == folder else {})
+            file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs):
+        """Load a folder or repository with the package's own classes; none of its code is run.
+
+        Takes the arguments of `DiffusionPipeline.from_pretrained`, `subfolder` of the repository,
+        and `verify=True`, which compares what was fetched with the Hub's checksums. Raises
+        ValueError for a class that the package does not have and for `use_safetensors=False`,
+        OSError for files that are missing or damaged.
+        """
+        # A class that came from a repository: the stock loader, which asks for trust_remote_code.
+        if not IN_PACKAGE:
+            return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+        if kwargs.pop("use_safetensors", None) is False:
+            raise ValueError(
+                "use_safetensors=False would read a pickle, which can run code; save the pipeline as safetensors"
+            )
+        download = importlib.import_module("hf_diffusion.hub.loading").download_pipeline
+        folder = download(pretrained_model_name_or_path, kwargs)
+        pipe = super().from_pretrained(folder, **{**kwargs, "trust_remote_code": False, "use_safetensors": True})
+        pipe.register_to_config(_name_or_path=str(pretrained_model_name_or_path))
+        return pipe
+
+    @classmethod
+    def from_pipe(cls, pipeline: DiffusionPipeline, **kwargs):
+        """A pipeline of this class with the components and settings of another; see diffusers.
+
+        The stock method hands over networks of exactly the annotated classes, and ours say
+        `ModelMixin`.
+        """
+        expected, _ = cls._get_signature_keys(cls)
+        shared = {name: part for name, part in pipeline.components.items() if name in expected}
+        return super().from_pipe(pipeline, **{**shared, **kwargs})
+
+    @classmethod
+    def load_config(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs):
+        config = super().load_config(pretrained_model_name_or_path, **kwargs)
+        # from_pretrained reads the index here, and finds the package's modules in place of files.
+        if IN_PACKAGE:
+            name_classes = importlib.import_module("hf_diffusion.hub.loading").name_package_classes
+            name_classes(config[0] if isinstance(config, tuple) else config)
+        return config
+
+
+
+class DDGANPipeline(SamplingMixin, SelfContainedMixin, DiffusionPipeline):
+    """Samples from a generator that was trained for its scheduler's T steps, with one call a step.
+
+    Args:
+        generator: called as `generator(sample, timestep, latent)`, with `class_labels=...` if
+            `config.num_class_embeds` says that it knows classes; predicts x_0. `config.latent_dim`
+            is the width of the latent. The sources of randomness of a call, `torch.Generator`s, are
+            another thing, which diffusers calls `generator` in every pipeline.
+        scheduler: a DDGANScheduler of the T steps of the training.
+        id2label: the names of the classes by number; kept in model_index.json.
+    """
+
+    model_cpu_offload_seq = network_name = "generator"
+    # What each of the few steps predicts is worth a look: a card shows it.
+    _callback_tensor_inputs = ["latents", "x_0"]
+    measures = {}
+    # The training of a GAN leaves no labels out, so that no label means "no class".
+    null_class_id = None
+
+    def __init__(self, generator: ModelMixin, scheduler: SchedulerMixin, id2label: dict | None = None):
+        super().__init__()
+        self.register_modules(generator=generator, scheduler=scheduler)
+        self.register_id2label(id2label)
 
     @torch.no_grad()
     def __call__(
@@ -318,77 +583,61 @@ class DDGANPipeline(SelfContainedMixin, DiffusionPipeline):
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
         micro_batch_size: int | None = None,
     ) -> ImagePipelineOutput | tuple[list[Image.Image] | np.ndarray | Tensor]:
-        """Sample images.
+        """Sample images, or whatever the generator was trained on.
 
         Args:
-            class_labels: numbers or names of classes, one for each image, for a model that knows classes.
+            class_labels: numbers or names of classes, one for each image, for a model that knows
+                classes.
             batch_size: the number of images where there are no labels (1 if left out).
             num_images_per_label: images of each entry of `class_labels`, next to each other.
-            num_inference_steps: T or None, which means T: the transitions between the noise levels are learned, so that a model of
-                T steps cannot be sampled in fewer.
-            generator: one, or a list with one for each image: then an image does not depend on the rest of its batch. The first
-                noise, and the latent and the posterior's noise of every step are drawn from it.
+            num_inference_steps: T or None, which means T: the transitions between the noise levels
+                are learned, so that a model of T steps cannot be sampled in fewer.
+            generator: one, or a list with one for each image: then an image does not depend on the
+                rest of its batch. The first noise, and the latent and the posterior's noise of
+                every step are drawn from it.
             latents: unit noise (B, C, H, W) to start from instead of drawing it.
-            output_type: "pil", "np" (B, H, W, C) in [0, 1], "pt" (B, C, H, W) in [0, 1], or "latent" (B, C, H, W) as the
-                generator left it, about [-1, 1].
+            output_type: "pil", "np" (B, H, W, C) in [0, 1], "pt" (B, C, H, W) in [0, 1], or
+                "latent" (B, C, H, W) as the generator left it, about [-1, 1]. Samples that are no
+                images are never "pil", and keep their shape and values in all others.
             return_dict: whether to return an `ImagePipelineOutput` instead of a tuple.
-            callback_on_step_end: called as f(pipe, step, t, tensors) after each step; returns a dict of changed tensors.
+            callback_on_step_end: called as f(pipe, step, t, tensors) after each step; returns a
+                dict of changed tensors.
             callback_on_step_end_tensor_inputs: which tensors the callback is given.
-            micro_batch_size: images that one forward of the network takes; does not change the images. None: chosen for
-                the device.
+            micro_batch_size: images that one forward of the network takes; does not change the
+                images. None: chosen for the device.
 
         Returns:
-            `ImagePipelineOutput` or a tuple with the images. Raises ValueError for unknown classes and for arguments that
-            do not fit the model, the scheduler or each other.
+            `ImagePipelineOutput` or a tuple with the images. Raises ValueError for unknown classes
+            and for arguments that do not fit the model, the scheduler or each other.
         """
-        if class_labels is not None and self.num_classes is None:
-            raise ValueError(f"class_labels={class_labels!r} were given to a model without classes; leave them out")
-        label_ids = None if class_labels is None else self.get_label_ids(class_labels)
-        if label_ids is not None:
-            label_ids = [i for i in label_ids for _ in range(num_images_per_label)]
-            if batch_size not in (None, len(label_ids)):
-                raise ValueError(f"batch_size={batch_size}, but the labels make {len(label_ids)} images; leave it out")
-        batch = len(label_ids) if label_ids is not None else 1 if batch_size is None else batch_size
-        self.check_inputs(
-            label_ids,
+        if not hasattr(self.scheduler, "sample_posterior"):
+            raise ValueError(
+                f"a {type(self.scheduler).__name__} cannot sample from this network; a denoising diffusion GAN needs "
+                "the DDGANScheduler that it was trained with"
+            )
+        labels, batch = self.prepare_labels(class_labels, batch_size, num_images_per_label)
+        self.check_common(
             batch,
             generator,
             latents,
             output_type,
             callback_on_step_end_tensor_inputs,
-            micro_batch_size,
+            micro_batch_size=micro_batch_size,
         )
         self._interrupt = False
-        device, config = self._execution_device, self.generator.config
-        dtype = torch.promote_types(self.generator.dtype, torch.float32)  # the process stays in float32 at least
-        micro_batch_size = micro_batch_size or self.default_micro_batch_size()
-        labels = None if label_ids is None else torch.tensor(label_ids, device=device)
-
-        def draw(*shape: int) -> Tensor:
-            return randn_tensor((batch, *shape), generator=generator, device=device, dtype=dtype)
-
-        self.scheduler.set_timesteps(num_inference_steps, device=device)
-        timesteps = self.scheduler.timesteps
-        self._num_timesteps = len(timesteps)
-        latents = draw(config.in_channels, *self.image_size) if latents is None else latents.to(device, dtype)
-        latents = latents * self.scheduler.init_noise_sigma
+        size = micro_batch_size or self.default_micro_batch_size()
+        timesteps = self.prepare_timesteps(num_inference_steps)
+        latents = self.prepare_latents(batch, generator, latents)
+        z_shape = (batch, self.generator.config.latent_dim)
         with self.progress_bar(total=len(timesteps)) as progress_bar:
             for i, t in enumerate(timesteps):
                 if self.interrupt:
                     continue
-                x_0 = self.predict(latents, t, draw(config.latent_dim), labels, micro_batch_size)
+                z = randn_tensor(z_shape, generator=generator, device=latents.device, dtype=latents.dtype)
+                x_0 = in_micro_batches(self.generator, size, latents, t, z, class_labels=labels)
                 latents = self.scheduler.step(x_0, t, latents, generator=generator, return_dict=False)[0]
-
-                if callback_on_step_end is not None:
-                    callback_kwargs = {}
-                    for name in callback_on_step_end_tensor_inputs:
-                        callback_kwargs[name] = locals()[name]
-                    callback_outputs = callback_on_step_end(self, i, t, callback_kwargs)
-                    latents = callback_outputs.pop("latents", latents)
+                latents, _ = self.after_step(
+                    callback_on_step_end, callback_on_step_end_tensor_inputs, i, t, latents=latents, x_0=x_0
+                )
                 progress_bar.update()
-
-        image = latents
-        if output_type != "latent":
-            image = self.image_processor.postprocess(latents, output_type=output_type)
-        self.maybe_free_model_hooks()
-        return ImagePipelineOutput(images=image) if return_dict else (image,)
+        return self.to_output(latents, output_type, return_dict)

@@ -8,7 +8,7 @@ import pytest
 from huggingface_hub import ModelCard, metadata_load
 
 from hf_diffusion.cards.model_card import update_card_results, write_model_card
-from hf_diffusion.cards.results import recorded_results
+from hf_diffusion.cards.results import eval_results, recorded_results, result_rows
 from hf_diffusion.hub.card_format import parse_card
 from tests.cards.vector_family import HalvingScheduler, VectorNetwork, VectorPipeline
 
@@ -112,3 +112,18 @@ def test_a_card_of_a_person_gets_no_results(tmp_path):
             (tmp_path / "README.md").write_text(card)
         with pytest.raises(ValueError, match="is no card of hf_diffusion .*; add the results by hand"):
             update_card_results(tmp_path, {"FD": 1.0}, "x")
+
+
+def test_a_sweep_says_its_protocol_once_and_then_what_changes():
+    whole = (
+        "500 samples; features F (sha256 ab); against 900 of x; DDIM, steps {}, eta 0.0, float32 on cpu; seeds 0 "
+        "to 499"
+    )
+    metrics = {
+        f"{name}, steps {steps}": {"value": 1.0, "protocol": whole.format(steps)}
+        for steps in (5, 10)
+        for name in ("FD", "recall")
+    }
+    metrics["bpd"] = {"value": 3.0, "protocol": "64 samples"}
+    said = [row.split(" | ")[-1].removesuffix(" |") for row in result_rows(eval_results(metrics, None, "x"))]
+    assert said == [whole.format(5), "as above", "as in the last full row, but steps 10", "as above", "64 samples"]

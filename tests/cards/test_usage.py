@@ -127,3 +127,13 @@ def test_a_folder_is_loaded_for_its_card_where_no_pipeline_is_given(tmp_path):
     assert card_of(tmp_path) == card_of(tmp_path, pipeline=pipe)
     index = json.loads((tmp_path / DiffusionPipeline.config_name).read_text())
     assert index["_class_name"][1] in (tmp_path / "README.md").read_text()
+
+
+def test_the_card_of_a_ddpm_says_which_solver_to_take_for_few_calls_with_the_source_and_others_do_not(tmp_path):
+    for name, make in PIPELINES.items():
+        pipe = make()
+        pipe.save_pretrained(tmp_path / name)
+        card = card_of(tmp_path / name, pipeline=pipe)
+        advises = "UniPCMultistepScheduler.from_config(pipe.scheduler.config)" in card
+        assert advises == (type(pipe).__name__ == "ClassifierFreeGuidancePipeline"), name
+        assert ("source: model_cards/fashion_mnist_study" in card) == advises

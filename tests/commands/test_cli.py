@@ -35,7 +35,7 @@ for name in COMMANDS:
 
 @pytest.fixture(scope="module")
 def claims():
-    return run_claims(CHILD)
+    return run_claims(CHILD, anew=True)
 
 
 def test_nothing_heavy_is_loaded_before_a_command_runs(claims):

@@ -269,7 +269,8 @@ def test_processes_and_flags_that_openai_s_code_lacks_are_refused_and_nothing_is
 
 ADM = {"class_cond": True, "learn_sigma": True, "resblock_updown": True, "attention_resolutions": "32,16,8"}
 LSUN = {"num_heads": 1, "learn_sigma": True, "use_scale_shift_norm": False, "attention_resolutions": "16"}
-RELEASED = [  # flags of the READMEs and millions of parameters counted in the reference code
+# Flags of the READMEs, and millions of parameters counted in the reference code.
+RELEASED = [
     ({**ADM, "image_size": 64, "num_channels": 192, "num_res_blocks": 3, "num_head_channels": 64}, 295.9),
     ({**ADM, "image_size": 128, "num_channels": 256, "num_heads": 4}, 421.5),
     ({**ADM, "image_size": 256, "num_channels": 256, "num_head_channels": 64}, 553.8),

@@ -1,4 +1,4 @@
-"""The loss on held-out data: its noise belongs to the sample, its levels cover every quarter, its parts add up."""
+"""The loss on held-out data: fixed noise for each sample, levels of every quarter, exact sums."""
 
 import numpy as np
 import pytest

@@ -37,7 +37,7 @@ def data(image_folder):
     return load_images(train_data_dir=str(image_folder))
 
 
-# --- shares and signals ---------------------------------------------------------------------------
+# --- shares and signals ---
 
 
 def test_shares_are_the_same_batches_for_any_number_of_processes_and_all_ask_equally_often(monkeypatch):
@@ -62,7 +62,7 @@ def test_a_signal_ends_all_processes_before_their_next_batch(monkeypatch):
         assert len(done) == 1
 
 
-# --- samples --------------------------------------------------------------------------------------
+# --- samples ---
 
 
 def sample_evaluator(accelerator, data, pipeline, metrics=("fd", "kd", "pr"), **options):
@@ -131,7 +131,7 @@ def test_what_cannot_be_measured_is_refused_before_the_training(accelerator, dat
             sample_evaluator(accelerator, data, pipeline, **options)
 
 
-# --- the best model -------------------------------------------------------------------------------
+# --- the best model ---
 
 
 def evaluation(value: float, metric: str = "fd", count: int = 100, better: str = "lower") -> list[Evaluation]:

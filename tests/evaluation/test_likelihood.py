@@ -111,9 +111,8 @@ def test_the_bound_of_the_optimal_model_with_its_true_variances_is_the_entropy_o
         timesteps_per_batch=5,
     )
     entropy = 0.5 * math.log2(2 * math.pi * math.e * SCALE**2) - math.log2(2 / 255)
-    variance = total_variance(
-        scheduler.alpha_bar[scheduler.timesteps[0]]
-    ).item()  # of x_T, which the prior takes for 1
+    # Of x_T, which the prior takes for 1.
+    variance = total_variance(scheduler.alpha_bar[scheduler.timesteps[0]]).item()
     gap = 0.5 * (variance - 1 - math.log(variance)) / math.log(2)
     mean, error = mean_and_standard_error(result.total_bpd)
     assert error < 0.01

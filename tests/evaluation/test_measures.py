@@ -38,6 +38,7 @@ def pixels_of(data) -> np.ndarray:
 
 
 def test_real_images_measured_against_themselves_are_perfect(image_folder, tmp_path):
+    torch.manual_seed(0)
     data = load_images(train_data_dir=str(image_folder))
     network = feature_network(ResNetFeatures(width=4).eval(), "toy", torch.zeros(2, 1, 8, 8))
     reference = reference_statistics(data, network, tmp_path)

@@ -37,7 +37,7 @@ def data(image_folder):
     return load_images(train_data_dir=str(image_folder))
 
 
-# --- what a pipeline says -------------------------------------------------------------------------
+# --- what a pipeline says ---
 
 
 def test_every_measure_that_an_exported_pipeline_names_is_there():
@@ -58,7 +58,7 @@ def test_a_measure_may_be_a_function_or_the_place_of_one():
             find_model_measure(SimpleNamespace(measures={"bad": place}), "bad")
 
 
-# --- bits per dimension ---------------------------------------------------------------------------
+# --- bits per dimension ---
 
 
 def test_bits_per_dimension_are_those_of_the_bound_image_by_image(data):
@@ -106,7 +106,7 @@ def test_classes_of_model_and_data_meet_by_name(data, image_folder):
         measure_bits_per_dim.check(other, data, ModelMeasureOptions())
 
 
-# --- a made-up family through the command ---------------------------------------------------------
+# --- a made-up family through the command ---
 
 
 @pytest.fixture

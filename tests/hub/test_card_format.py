@@ -55,3 +55,59 @@ def test_examples_of_the_card_name_the_repository_and_the_tag():
     other = name_repository(named, "bob/other", None)
     assert "alice" not in other and "v1" not in other and 'revision="main",  # better the hash' in other
     assert name_repository(other, "alice/run", "v1") == named
+
+
+FORMS = {
+    "a value that ends in dashes": ("title: a ---\nlicense: mit\n", {"title": "a ---", "license": "mit"}),
+    "dashes in a text": ("description: |\n  ---\n  b\n", {"description": "---\nb\n"}),
+    "one tag": ("tags: art\n", {"tags": ["art"]}),
+    "no tags": ("tags:\n", {"tags": []}),
+    "a year as a tag": ("tags: [art, 2024]\n", {"tags": ["art", "2024"]}),
+    "flow style": ("{license: mit, tags: [a]}\n", {"license": "mit", "tags": ["a"]}),
+    "comments": ("# mine\nlicense: mit  # really\n", {"license": "mit"}),
+    "folded text": ("summary: >-\n  a\n  b\n", {"summary": "a b"}),
+    "quotes and colons": ("title: 'a: b'\n", {"title": "a: b"}),
+    "anchors": ("a: &x [1]\nb: *x\n", {"a": [1], "b": [1]}),
+    "a nested map": (
+        "widget:\n- text: a\n  output:\n    url: b\n",
+        {"widget": [{"text": "a", "output": {"url": "b"}}]},
+    ),
+    "nothing": ("", {}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("front, metadata", FORMS.values(), ids=FORMS)
+@pytest.mark.parametrize("form", ["---\n{}---\nText\n", "\ufeff---\r\n{}---\r\nText\n", "\n--- \n{}--- \nText\n"])
+def test_every_form_of_front_matter_is_read_and_the_text_after_it_is_whole(front, metadata, form):
+    content = form.format(front.replace("\n", "\r\n") if "\r" in form else front)
+    assert parse_card(content, "the card") == (metadata, "Text\n")
+    # Written anew, it says the same, and the second time nothing changes.
+    again = format_card(metadata, "Text\n", content)
+    assert parse_card(again, "the card") == (metadata, "Text\n") and format_card(metadata, "Text\n", again) == again
+
+
+def test_front_matter_without_a_text_ends_with_the_file():
+    assert parse_card("---\nlicense: mit\n---", "the card") == ({"license": "mit"}, "")
+
+
+def test_what_the_user_wrote_stays_as_it_was_written():
+    mine = "# why\nlanguage: no\n# when\ndate: 2024-01-01  # of the data\ntitle: 'a: b'\n"
+    content = f"---\n{mine}tags: [old]\n---\n"
+    metadata, text = parse_card(content, "the card")
+    again = format_card({**metadata, "tags": ["new"], "license": "mit"}, text, content)
+    assert again == f"---\n{mine}tags:\n- new\nlicense: mit\n---\n"
+
+
+def test_a_key_that_stands_twice_is_refused_as_the_hub_refuses_it():
+    with pytest.raises(ValueError, match="the metadata of my card have 'license' 2 times; keep one"):
+        parse_card("---\nlicense: mit\nlicense: gpl\n---\n", "my card")
+
+
+def test_merging_keeps_one_tag_and_the_words_of_both():
+    theirs = "---\nlanguage: no\ntags: art\n---\n" + card("old").split("---\n", 2)[2]
+    merged = merge_cards(theirs, card("new"))
+    assert (
+        "language: no\n" in merged
+        and "- hf_diffusion\n- art\n" in merged
+        and merge_cards(merged, card("new")) == merged
+    )

@@ -34,9 +34,8 @@ def shared(api, tmp_path, monkeypatch):  # noqa: F811
     torch.manual_seed(0)
     pipe = make_pipe(int(torch.randint(1 << 30, ())), classes=True)
     with torch.no_grad():
-        pipe.unet.conv_in.bias.normal_(
-            generator=torch.Generator().manual_seed(hash(tmp_path) % 2**31)
-        )  # new to the storage
+        # New to the storage.
+        pipe.unet.conv_in.bias.normal_(generator=torch.Generator().manual_seed(hash(tmp_path) % 2**31))
     pipe.save_pretrained(tmp_path / "pipe")
     repo = f"alice/{tmp_path.name.replace('_', '').strip('-.')}"
     api.create_repo(repo)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -333,6 +334,16 @@ def test_a_tag_on_another_commit_is_not_moved(lfs, repo, folder):
 def test_a_push_to_a_public_repository_says_so(lfs, repo, folder):
     lfs.create_repo(repo, private=False)
     assert "is public" in push(Push(pushable_files(folder), repo), lfs, SOON).notes[0]
+
+
+def test_every_wait_of_a_push_is_said_with_its_reason_its_number_and_its_length(lfs, repo, folder, capsys):
+    lfs.server.faults.add(match=COMMIT, action="status", status=520, count=2)
+    push(Push(pushable_files(folder), repo), lfs, SOON)
+    waits = (
+        r"attempt (\d) to push to (\S+) did not get through \((.*?)\); the next one in 0\.\d s, for at most 20 s more"
+    )
+    said = re.findall(waits, capsys.readouterr().err)
+    assert said == [(number, repo, "the Hub answered 520") for number in ("1", "2")]
 
 
 def test_an_outage_that_lasts_changes_nothing_and_is_not_final(lfs, repo, folder):

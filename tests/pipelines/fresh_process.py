@@ -1,15 +1,12 @@
-"""One fresh process that loads saved pipelines without the package, and after that with it.
+"""One process that loads saved pipelines without the package, and after that with it.
 
-A process costs 6 CPU seconds for importing diffusers. So one does all the loading for the tests of
-this folder and writes down what it saw; the tests look at one claim each.
+It does all the loading for the tests of this folder and writes down what it saw; the tests look at
+one claim each.
 """
 
 import inspect
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,6 +20,7 @@ from hf_diffusion import (
     CosineDDPMScheduler,
     DDIMEtaScheduler,
 )
+from tests.launching import run_claims
 from tests.pipelines.tiny import (
     TINY,
     make_points,
@@ -57,20 +55,12 @@ def image(pipe) -> np.ndarray:
     return pipe(**what, num_inference_steps=3, generator=generators, output_type="np").images
 
 
-# What every child starts with. An attempt to reach anything but loopback fails.
+# What every child starts with.
 PREAMBLE = """
-import json, os, socket, sys
-from pathlib import Path
-connect = socket.socket.connect
-def loopback_only(self, address):
-    assert address[0] in ("127.0.0.1", "::1"), f"the network was asked for {address}"
-    return connect(self, address)
-socket.socket.connect = loopback_only
-if os.environ["PACKAGE"] == "absent":
-    sys.modules["hf_diffusion"] = None  # import hf_diffusion raises ModuleNotFoundError
+import os
 import numpy as np, torch
 from diffusers import DiffusionPipeline
-work, seen = Path(os.environ["WORK"]), {}
+work, seen = Path(os.environ["WORK"]), claims
 def note(name, pipe):
     np.save(work / f"{name}.npy", image(pipe))
     seen[name] = {part: type(part_object).__module__ for part, part_object in pipe.components.items()}
@@ -85,20 +75,14 @@ def note_error(name, load):
 
 
 def run_child(code: str, work: Path, env: dict[str, str], package: str) -> dict:
-    """What code has `seen` in a fresh process, with the package "present" or "absent".
+    """What code has `seen` in a process of its own, with the package "present" or "absent".
 
-    It starts in an empty folder with as many threads as here, since sums over more round otherwise.
+    It starts in an empty folder.
     """
-    cwd = work / "elsewhere"
-    cwd.mkdir(exist_ok=True)
-    env = {**os.environ, **env, "WORK": str(work), "PACKAGE": package, "OMP_NUM_THREADS": str(torch.get_num_threads())}
-    env["PYTHONPATH"] = str(PACKAGE_PARENT) if package == "present" else ""
-    script = PREAMBLE + inspect.getsource(image) + code + "\nprint('SEEN', json.dumps(seen))"
-    done = subprocess.run(
-        [sys.executable, "-c", script], cwd=cwd, env=env, capture_output=True, text=True, timeout=300
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    return json.loads(done.stdout.rsplit("SEEN ", 1)[1])
+    elsewhere = work / "elsewhere"
+    elsewhere.mkdir(exist_ok=True)
+    script = PREAMBLE + inspect.getsource(image) + code
+    return run_claims(script, elsewhere, {**env, "WORK": str(work)}, with_package=package == "present")
 
 
 def make_pipe(seed: int, classes: bool) -> ClassifierFreeGuidancePipeline:

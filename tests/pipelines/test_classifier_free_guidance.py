@@ -8,21 +8,20 @@ from diffusers import (
     DDIMScheduler,
     DDPMPipeline,
     DDPMScheduler,
+    DEISMultistepScheduler,
     DPMSolverMultistepScheduler,
     EulerDiscreteScheduler,
-    HeunDiscreteScheduler,
-    PNDMScheduler,
     UNet2DModel,
     UniPCMultistepScheduler,
 )
 
-from hf_diffusion import CosineDDPMScheduler, DDIMEtaScheduler, LinearDDPMScheduler
+from hf_diffusion import CosineDDPMScheduler, DDIMEtaScheduler, ImprovedPNDMScheduler, LinearDDPMScheduler
 from hf_diffusion.pipelines.pipeline_classifier_free_guidance import rescale_guided
 from tests.pipelines.tiny import Recorder, make_unet, sample, seeds
 from tests.pipelines.tiny import make_classifier_free as make_pipe
 
 
-# --- guidance -------------------------------------------------------------------------------------
+# --- guidance ---
 
 
 @pytest.mark.parametrize("learned_variance", [False, True])
@@ -88,7 +87,7 @@ def test_full_rescaling_gives_the_guided_output_the_deviation_of_the_conditional
     assert not torch.allclose(kept, rescaled)
 
 
-# --- labels ---------------------------------------------------------------------------------------
+# --- labels ---
 
 
 def test_without_labels_a_model_with_a_null_class_samples_unconditionally():
@@ -105,7 +104,7 @@ def test_a_model_without_classes_is_called_without_labels():
     assert pipe.num_classes is None and pipe.id2label is None and pipe.null_class_id is None
 
 
-# --- schedulers and steps -------------------------------------------------------------------------
+# --- schedulers and steps ---
 
 
 @pytest.mark.parametrize("scheduler", [DDPMScheduler(), DDIMEtaScheduler(eta=1.0)])
@@ -119,7 +118,7 @@ def test_schedulers_that_draw_noise_keep_an_image_independent_of_its_batch(sched
 @pytest.mark.parametrize(
     "other",
     [DDPMScheduler, DDIMScheduler, DPMSolverMultistepScheduler, UniPCMultistepScheduler, EulerDiscreteScheduler,
-     HeunDiscreteScheduler, PNDMScheduler, DDIMEtaScheduler],
+     DEISMultistepScheduler, ImprovedPNDMScheduler, DDIMEtaScheduler],
 )  # fmt: skip
 @pytest.mark.parametrize("learned_variance", [False, True])
 def test_schedulers_can_be_exchanged(other, learned_variance):

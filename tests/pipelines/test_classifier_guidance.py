@@ -20,7 +20,7 @@ from tests.pipelines.tiny import make_classifier, sample, seeds
 from tests.pipelines.tiny import make_guided as make_pipe
 
 
-# --- known densities ------------------------------------------------------------------------------
+# --- known densities ---
 # Images of 1 x 1 x 2 numbers are points of the plane, and the networks below know the answers for
 # their distributions.
 
@@ -173,9 +173,9 @@ def test_guided_samples_have_the_mean_and_covariance_that_the_chain_of_steps_giv
         on_x_t, constant = regressor_gradient(a_t)
         noise, one = unet.noise_map(a_t), torch.eye(2, dtype=torch.float64)
         posterior_variance = (1 - a_t / a_s) * (1 - a_s) / (1 - a_t)
-        if (
-            eta is None
-        ):  # Algorithm 1: the mean of p(x_s | x_t) in terms of the noise, Eq. 11 of DDPM, plus variance * gradient
+        # Algorithm 1: the mean of p(x_s | x_t) in terms of the noise, Eq. 11 of DDPM,
+        # plus variance * gradient.
+        if eta is None:
             beta = 1 - a_t / a_s
             step = (one - beta / (1 - a_t).sqrt() * noise) / (1 - beta).sqrt() + posterior_variance * scale * on_x_t
             shift, variance = posterior_variance * scale * constant, posterior_variance
@@ -210,7 +210,7 @@ def test_gradient_steps_follow_a_steep_slope_where_one_step_overshoots():
     assert abs(1 - 3.0 * weight) > 1 > (1 - 3.0 * weight / 8) ** 8 > 0
 
 
-# --- loops written by hand ------------------------------------------------------------------------
+# --- loops written by hand ---
 
 
 def hand_written_noise(generators, t) -> torch.Tensor:
@@ -301,7 +301,7 @@ def test_the_classifier_sees_the_timestep_that_the_unet_sees():
     assert seen["unet"] == seen["classifier"] == pipe.scheduler.timesteps.tolist()
 
 
-# --- gradients ------------------------------------------------------------------------------------
+# --- gradients ---
 
 
 def test_only_the_classifier_records_a_graph_and_its_parameters_get_no_gradient():
@@ -385,7 +385,7 @@ def test_gradient_of_a_log_probability_is_its_derivative():
     assert not x.requires_grad
 
 
-# --- parts that do not fit ------------------------------------------------------------------------
+# --- parts that do not fit ---
 
 
 def test_a_classifier_exchanged_in_a_saved_pipeline_or_another_one_guides_the_same(outcome):

@@ -13,6 +13,7 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor
 
+from hf_diffusion import ClassifierFreeGuidancePipeline, ClassifierGuidancePipeline
 from tests.pipelines.tiny import NAMES, TINY, Recorder, public_pipelines, seeds
 
 
@@ -73,8 +74,8 @@ def test_names_numbers_and_arrays_name_the_same_classes(cls):
 def test_given_latents_replace_the_first_noise(cls):
     pipe, generators = make(cls), seeds(0, 1)
     pipe.scheduler.set_timesteps(3)
-    latents = pipe.prepare_latents(2, generators, None) / pipe.scheduler.init_noise_sigma
-    assert torch.equal(latents[1], torch.randn(1, *pipe.sample_shape, generator=seeds(1)[0])[0])
+    latents = torch.cat([torch.randn(1, *pipe.sample_shape, generator=generator) for generator in generators])
+    assert torch.equal(pipe.prepare_latents(2, seeds(0, 1), None), latents * pipe.scheduler.init_noise_sigma)
     assert torch.equal(draw(pipe, [0, 1], generator=generators, latents=latents), draw(pipe, [0, 1]))
 
 
@@ -83,12 +84,14 @@ def test_a_callback_sees_every_step_and_can_change_the_latents(cls):
     pipe, seen = make(cls), []
 
     def erase_at_the_end(pipe, i, t, tensors):
-        seen.append((i, int(t)))
+        seen.append((i, float(t)))
         assert list(tensors) == ["latents"] and tensors["latents"].shape == (2, *pipe.sample_shape)
         return {"latents": torch.zeros_like(tensors["latents"])} if i == 2 else {}
 
     assert draw(pipe, [0, 1], callback_on_step_end=erase_at_the_end).abs().max() == 0
-    assert seen == list(enumerate(pipe.scheduler.timesteps.tolist())) and pipe.num_timesteps == len(seen) == 3
+    # a step of second order calls the network twice; it is named by the first call
+    steps = pipe.scheduler.timesteps[:: pipe.scheduler.order].tolist()
+    assert seen == list(enumerate(steps)) and pipe.num_timesteps == len(seen) == 3
     unheard = draw(pipe, [0, 1], callback_on_step_end=lambda *_: {}, callback_on_step_end_tensor_inputs=[])
     assert torch.equal(unheard, draw(pipe, [0, 1]))
 
@@ -183,3 +186,39 @@ def test_a_fresh_process_draws_the_same_without_the_package_and_with_it(name, ou
         np.testing.assert_array_equal(outcome.images(f"{name}: {form}"), outcome.references[name], err_msg=form)
         assert all(module.startswith(home) for module in outcome.seen[f"{name}: {form}"].values()), form
     assert "trust_remote_code=True" in outcome.seen[f"{name}: untrusted hub"]
+
+
+@every_pipeline
+def test_numpy_numbers_are_numbers(cls):
+    pipe = make(cls)
+    numbers = {
+        "num_inference_steps": np.int64(3),
+        "micro_batch_size": np.int64(1),
+        "num_images_per_label": np.int64(1),
+    }
+    assert torch.equal(draw(pipe, [0, 1], **numbers), draw(pipe, [0, 1], micro_batch_size=1))
+
+
+@pytest.mark.parametrize(
+    "cls, unguided", [(ClassifierFreeGuidancePipeline, 1.0), (ClassifierGuidancePipeline, 0.0)], ids=lambda x: str(x)
+)
+def test_a_callback_sets_the_guidance_of_the_steps_that_follow(cls, unguided):
+    pipe = make(cls)
+
+    def setting(scale, after):
+        def callback(pipe, i, t, tensors):
+            if i == after:
+                pipe._guidance_scale = scale
+            return {}
+
+        return callback
+
+    guided, plain = draw(pipe, [0, 1]), draw(pipe, [0, 1], guidance_scale=unguided)
+    off = draw(pipe, [0, 1], callback_on_step_end=setting(unguided, after=0))
+    assert not torch.equal(off, guided) and not torch.equal(off, plain)
+    on = draw(pipe, [0, 1], guidance_scale=unguided, callback_on_step_end=setting(2.0, after=0))
+    assert not torch.equal(on, guided) and not torch.equal(on, plain)
+    # After the last step nothing follows.
+    assert torch.equal(draw(pipe, [0, 1], callback_on_step_end=setting(unguided, after=2)), guided)
+    with pytest.raises(ValueError, match="guidance_scale must be .* not nan"):
+        draw(pipe, [0, 1], callback_on_step_end=setting(float("nan"), after=0))

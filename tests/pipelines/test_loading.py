@@ -125,7 +125,7 @@ def test_parts_are_found_by_class_name_whatever_module_the_index_names():
             name_package_classes({"_class_name": "Y", "unet": ["hf_diffusion", name]})
 
 
-# --- saving, in this process ---------------------------------------------------------------------
+# --- saving, in this process ---
 
 
 @pytest.fixture(scope="module")

@@ -34,6 +34,9 @@ OF_EVERY = {
         "batch_size=3, but the labels make 2",
     ),
     "generators": ({}, {"class_labels": [0, 1], "generator": seeds(0)}, "1 generators were given for 2 images"),
+    "a seed as generator": ({}, {"class_labels": [0], "generator": 5}, r"generator=5 is neither .*manual_seed\(seed"),
+    "a tuple of generators": ({}, {"class_labels": [0], "generator": tuple(seeds(0))}, "nor a list of them"),
+    "a fractional batch": ({}, {"batch_size": 1.5}, "batch_size must be a whole number, not 1.5"),
     "latents": (
         {},
         {"class_labels": [0], "latents": torch.zeros(1, 3, 8, 8)},
@@ -52,6 +55,11 @@ OF_STEPS = {
     "no steps": ({}, {"class_labels": [0], "num_inference_steps": 0}, "num_inference_steps must be .* not 0"),
     "steps that are no number": ({}, {"class_labels": [0], "num_inference_steps": None}, "must be .* not None"),
     "too many steps": ({}, {"class_labels": [0], "num_inference_steps": 2000}, "between 1 and .*1000"),
+    "eta that is no number": (
+        {"scheduler": DDIMEtaScheduler()},
+        {"class_labels": [0], "eta": NAN},
+        "eta must be between 0 and 1, not nan",
+    ),
     "eta": ({}, {"class_labels": [0], "eta": 0.5}, "LinearDDPMScheduler has no eta"),
     "interval": (
         {},
@@ -73,6 +81,7 @@ OWN = {
         ),
         "guidance without labels": ({}, {"guidance_scale": 2}, "needs class_labels to guide towards"),
         "guidance without classes": ({"classes": None}, {"guidance_scale": 2}, "needs class_labels to guide towards"),
+        "no number": ({}, {"class_labels": [0], "guidance_scale": NAN}, "guidance_scale must be .*finite.* not nan"),
         "rescale": ({}, {"guidance_rescale": 1.5}, "guidance_rescale must be between 0 and 1, not 1.5"),
         "timesteps of one's own": ({"scheduler": DDIMScheduler()}, {"timesteps": [5, 1]}, "takes no timesteps"),
         "two scales": (
@@ -152,7 +161,7 @@ def test_a_mistake_is_named_with_what_is_allowed_before_a_network_is_asked(cls):
         return pipe
 
     plain = make()
-    for name, (options, call, message) in (OF_EVERY | OWN[cls]).items():
+    for name, (options, call, message) in (OF_EVERY | OWN.get(cls, {})).items():
         try:
             (make(**options) if options else plain)(**call)
         except ValueError as error:

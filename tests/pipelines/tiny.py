@@ -14,10 +14,20 @@ from hf_diffusion import (
     ADMUNet2DModel,
     ClassifierFreeGuidancePipeline,
     ClassifierGuidancePipeline,
+    ConsistencyPipeline,
+    ConsistencyScheduler,
+    D3PMScheduler,
     DDGANGenerator,
     DDGANPipeline,
     DDGANScheduler,
+    DiscreteImagePipeline,
+    EDMHeunScheduler,
+    EDMPipeline,
+    FlowMatchingPipeline,
+    FlowMatchingScheduler,
     LinearDDPMScheduler,
+    ScoreSdePipeline,
+    ScoreSdeVPScheduler,
 )
 from hf_diffusion.models.mlp_points import PointDenoiser, PointGenerator
 
@@ -94,12 +104,54 @@ def make_guided(scheduler=None, classes: int | None = None, classifier="default"
     return quiet(ClassifierGuidancePipeline(make_unet(classes, **options), classifier, scheduler, id2label))
 
 
+@tiny(ConsistencyPipeline, guidance_scale=2.0)
+def make_consistency(scheduler=None, classes: int | None = 4, id2label=NAMES, **options):
+    scheduler = ConsistencyScheduler() if scheduler is None else scheduler
+    unet = make_unet(classes, **options)
+    return quiet(ConsistencyPipeline(unet, scheduler, id2label=id2label if classes else None))
+
+
 @tiny(DDGANPipeline)
 def make_ddgan(steps: int = 3, classes: int | None = 4, id2label=NAMES, **options):
     torch.manual_seed(0)
     latent = {"latent_dim": 5, "latent_embed_dim": 8, "num_latent_layers": 1, "attention_sizes": (4,)}
     network = with_random_weights(DDGANGenerator(**IMAGE | latent | {"num_class_embeds": classes} | options), std=0.2)
     return quiet(DDGANPipeline(network, DDGANScheduler(steps), id2label=id2label if classes else None))
+
+
+@tiny(EDMPipeline, guidance_scale=2.0, s_churn=1.0)
+def make_edm(scheduler=None, classes: int | None = 4, id2label=NAMES, **options):
+    """The last two of three steps are churned.
+
+    A power of 2 as sigma_max can be divided out exactly.
+    """
+    scheduler = EDMHeunScheduler(sigma_max=16.0, s_max=8.0) if scheduler is None else scheduler
+    return quiet(EDMPipeline(make_unet(classes, **options), scheduler, id2label if classes else None))
+
+
+@tiny(FlowMatchingPipeline, guidance_scale=2.0)
+def make_flow(scheduler=None, classes: int | None = 4, id2label=NAMES, prediction_type="velocity", **options):
+    unet = make_unet(classes, **options)
+    scheduler = FlowMatchingScheduler() if scheduler is None else scheduler
+    names = id2label if classes else None
+    return quiet(FlowMatchingPipeline(unet, scheduler, names, prediction_type=prediction_type))
+
+
+@tiny(DiscreteImagePipeline, guidance_scale=2.0)
+def make_discrete(scheduler=None, classes: int | None = 4, id2label=NAMES, levels: int = 17, **options):
+    channels = {"in_channels": 1, **options}["in_channels"]
+    unet = make_unet(classes, **{"out_channels": levels * channels, **options})
+    with torch.no_grad():
+        # half precision shows in categories only where it changes which is drawn
+        unet.conv_out.weight.mul_(8)
+    scheduler = D3PMScheduler(levels, 20) if scheduler is None else scheduler
+    return quiet(DiscreteImagePipeline(unet, scheduler, id2label=id2label if classes else None))
+
+
+@tiny(ScoreSdePipeline, guidance_scale=1.5, corrector="langevin")
+def make_score(scheduler=None, classes: int | None = 4, id2label=NAMES, **options):
+    scheduler = ScoreSdeVPScheduler(beta_max=4.0) if scheduler is None else scheduler
+    return quiet(ScoreSdePipeline(make_unet(classes, **options), scheduler, id2label if classes else None))
 
 
 def make_points(classes: int | None = 4, **options) -> ClassifierFreeGuidancePipeline:

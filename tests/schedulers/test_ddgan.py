@@ -1,12 +1,11 @@
 import shutil
-import subprocess
-import sys
 
 import pytest
 import torch
 
 from hf_diffusion.schedulers import scheduling_ddgan
 from hf_diffusion.schedulers.scheduling_ddgan import DDGANScheduler
+from tests.launching import run_claims
 
 
 STEPS = range(1, 17)
@@ -186,10 +185,12 @@ def test_the_shipped_file_alone_loads_a_saved_scheduler_in_a_new_process(tmp_pat
     """The file travels to the Hub without this package: it imports torch and diffusers only."""
     shutil.copy(scheduling_ddgan.__file__, tmp_path)
     DDGANScheduler(8, 0.2, 15.0).save_pretrained(tmp_path / "scheduler")
-    code = (
-        "import sys; from scheduling_ddgan import DDGANScheduler as S; s = S.from_pretrained('scheduler');"
-        "assert not any(name.startswith('hf_diffusion') for name in sys.modules);"
-        "print(len(s), s.config.beta_min, s.config.beta_max, s.alpha_bar.tolist())"
-    )
-    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=tmp_path).stdout
-    assert out.strip() == f"8 0.2 15.0 {DDGANScheduler(8, 0.2, 15.0).alpha_bar.tolist()}"
+    child = """
+        sys.path.insert(0, "")
+        from scheduling_ddgan import DDGANScheduler
+        scheduler = DDGANScheduler.from_pretrained("scheduler")
+        config = scheduler.config
+        claims["scheduler"] = len(scheduler), config.beta_min, config.beta_max, scheduler.alpha_bar.tolist()
+    """
+    seen = run_claims(child, tmp_path, with_package=False)["scheduler"]
+    assert seen == [8, 0.2, 15.0, DDGANScheduler(8, 0.2, 15.0).alpha_bar.tolist()]

@@ -1,7 +1,10 @@
-"""The U-Net and the noisy classifier of ADM ("Diffusion Models Beat GANs on Image Synthesis", arXiv:2105.05233), which
-contain those of improved DDPM (arXiv:2102.09672) as settings; the U-Net as generator of a denoising diffusion GAN, too.
+"""The U-Net and the noisy classifier of ADM (arXiv:2105.05233).
 
-Shapes: B images, C channels, H x W pixels, L = H * W tokens, D width of a head, E width of the conditioning vector.
+They contain those of improved DDPM (arXiv:2102.09672) as settings. The U-Net also serves as the
+generator of a denoising diffusion GAN.
+
+Shapes: B images, C channels, H x W pixels, L = H * W tokens, D width of a head, E width of the
+conditioning vector.
 """
 
 import math
@@ -13,6 +16,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.loaders.peft import PeftAdapterMixin
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.models.unets.unet_2d import UNet2DOutput
 from diffusers.utils import BaseOutput
@@ -20,16 +24,17 @@ from torch import Tensor, nn
 
 
 def timestep_embedding(timesteps: Tensor, dim: int, max_period: float = 10000, layout: str = "openai") -> Tensor:
-    """Sinusoids of the timesteps (B,), fractional ones too, as a float32 tensor (B, dim), zero-padded if `dim` is odd.
+    """Sinusoids (B, dim) of the timesteps (B,), fractions too; float32, zero-padded if odd.
 
-    `layout` "openai" is [cos | sin] with frequencies max_period^(-i / half), "ddpm" (arXiv:2006.11239 and the DDIM code)
-    is [sin | cos] with max_period^(-i / (half - 1)).
+    `layout` "openai" is [cos | sin] with frequencies max_period^(-i / half), "ddpm"
+    (arXiv:2006.11239 and the DDIM code) is [sin | cos] with max_period^(-i / (half - 1)).
     """
     if layout not in ("openai", "ddpm"):
         raise ValueError(f"unknown layout {layout!r} of the timestep embedding; choose 'openai' or 'ddpm'")
     half = dim // 2
     steps = half if layout == "openai" else max(half - 1, 1)
-    # float32 explicitly: from_pretrained(dtype=bfloat16) changes the default dtype, and bfloat16 cannot hold t = 999
+    # float32 explicitly: from_pretrained(dtype=bfloat16) changes the default dtype, and bfloat16
+    # cannot hold t = 999
     index = torch.arange(half, dtype=torch.float32, device=timesteps.device)
     angles = timesteps.float()[:, None] * torch.exp(-math.log(max_period) / steps * index)  # (B, half)
     waves = (angles.cos(), angles.sin()) if layout == "openai" else (angles.sin(), angles.cos())
@@ -40,8 +45,9 @@ def timestep_embedding(timesteps: Tensor, dim: int, max_period: float = 10000, l
 def qkv_attention(qkv: Tensor, num_heads: int, new_order: bool = False) -> Tensor:
     """Self-attention from stacked projections (B, 3 * heads * D, L) to (B, heads * D, L).
 
-    The channels hold q, k, v of one head after the other (the order of nearly all released models); with `new_order` q of
-    all heads, then k, then v. Both orders load from the same shapes, so a wrong choice shows in the samples only.
+    The channels hold q, k, v of one head after the other (the order of nearly all released models);
+    with `new_order` q of all heads, then k, then v. Both orders load from the same shapes, so a
+    wrong choice shows in the samples only.
     """
     batch, channels, length = qkv.shape
     tokens = qkv.transpose(1, 2)  # (B, L, 3 * heads * D)
@@ -54,12 +60,13 @@ def qkv_attention(qkv: Tensor, num_heads: int, new_order: bool = False) -> Tenso
 
 
 def silu(x: Tensor) -> Tensor:
-    """SiLU that overwrites `x` when no gradient is recorded: 13 % less time for a float32 forward pass of 64 images on a CPU."""
+    """SiLU that overwrites `x` when no gradient is recorded."""
+    # 13 % less time for a float32 forward pass of 64 images on a CPU
     return F.silu(x, inplace=not torch.is_grad_enabled())
 
 
 class ADMGroupNorm(nn.GroupNorm):
-    """Group normalisation computed in float32 for half-precision inputs, whatever the dtype of its parameters."""
+    """Group normalisation in float32 for half-precision inputs, whatever its parameters are in."""
 
     def forward(self, x: Tensor) -> Tensor:
         if x.dtype == self.weight.dtype:  # torch's kernels accumulate half precision in float32 themselves
@@ -88,9 +95,10 @@ class ADMTimeEmbedding(nn.Module):
 
 
 class ADMResBlock(nn.Module):
-    """Residual block conditioned on a vector, with optional BigGAN resampling (arXiv:1809.11096) inside.
+    """Residual block conditioned on a vector; may resample inside as BigGAN (arXiv:1809.11096).
 
-    With `scale_shift` the vector modulates the second norm (adaptive group norm); otherwise it is added before it.
+    With `scale_shift` the vector modulates the second norm (adaptive group norm); otherwise it is
+    added before it.
     """
 
     def __init__(
@@ -118,7 +126,7 @@ class ADMResBlock(nn.Module):
         self.shortcut = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else None
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
-        """x (B, in_channels, H, W), emb (B, E) after its SiLU -> (B, out_channels, H, W), H and W halved or doubled."""
+        """x (B, in_channels, H, W) and emb (B, E), after its SiLU, -> (B, out_channels, H', W')."""
         h = silu(self.norm_1(x))
         if self.resample == "down":
             h, x = F.avg_pool2d(h, 2), F.avg_pool2d(x, 2)  # (B, C, H / 2, W / 2)
@@ -183,7 +191,7 @@ class ADMUpsample(nn.Module):
 
 
 class ADMLayer(nn.Module):
-    """One step of the encoder or decoder: a residual block, then attention and upsampling where there are any."""
+    """One step of the encoder or decoder: a residual block, and maybe attention and upsampling."""
 
     def __init__(self, resnet: ADMResBlock, attention: ADMAttention | None = None, upsample: nn.Module | None = None):
         super().__init__()
@@ -192,9 +200,8 @@ class ADMLayer(nn.Module):
         self.upsample = upsample
 
     def forward(self, x: Tensor, emb: Tensor, skip: Tensor | None = None) -> Tensor:
-        if (
-            skip is not None
-        ):  # joined here and not by the caller, so that device_map may put each layer on its own device
+        if skip is not None:
+            # joined here and not by the caller: device_map may put each layer on its own device
             x = torch.cat([x, skip], dim=1)  # (B, C + C of the skip, H, W)
         x = self.resnet(x, emb)
         if self.attention is not None:
@@ -218,7 +225,7 @@ class ADMMiddle(nn.Module):
 
 
 def level_widths(model_channels: int, channel_mult: tuple[float, ...], groups: int) -> list[int]:
-    """Channels of each level; raises ValueError if one does not divide into the groups of the norm."""
+    """Channels of each level; ValueError if one does not divide into the groups of the norm."""
     if len(channel_mult) == 0:
         raise ValueError("channel_mult is empty; give one multiplier per resolution, such as (1, 2, 2)")
     if groups < 1:
@@ -228,14 +235,8 @@ def level_widths(model_channels: int, channel_mult: tuple[float, ...], groups: i
         if width < 1 or width % groups:
             divisor = math.gcd(*widths)
             fits = max([n for n in range(1, groups + 1) if divisor % n == 0], default=1)
-            wider = next(
-                (
-                    n
-                    for n in range(max(model_channels, 1), 65536)
-                    if all(int(m * n) % groups == 0 for m in channel_mult)
-                ),
-                groups,
-            )
+            more = range(max(model_channels, 1), 65536)
+            wider = next((n for n in more if all(int(m * n) % groups == 0 for m in channel_mult)), groups)
             raise ValueError(
                 f"{width} channels (model_channels {model_channels} times {mult}) do not divide into norm_num_groups "
                 f"{groups}; set norm_num_groups to {fits} or model_channels to {wider}"
@@ -259,11 +260,16 @@ def count_heads(width: int, num_heads: int, num_head_channels: int | None) -> in
     return num_heads
 
 
+def height_width(sample_size: int | tuple[int, int]) -> tuple[int, int]:
+    """(height, width) of images that a side, or both, describe."""
+    return (sample_size, sample_size) if isinstance(sample_size, int) else tuple(sample_size)
+
+
 def check_sizes(sample_size: int | tuple[int, int], patch_size: int, levels: int, factors: tuple[int, ...]) -> None:
-    """Raise ValueError if the image, the patches, the levels and the factors with attention do not fit each other."""
+    """Raise ValueError if image, patches, levels and factors with attention do not fit."""
     if patch_size < 1:
         raise ValueError(f"patch_size is {patch_size}; it must be 1 (no patches) or more")
-    size = (sample_size, sample_size) if isinstance(sample_size, int) else tuple(sample_size)
+    size = height_width(sample_size)
     multiple = patch_size * 2 ** (levels - 1)
     if len(size) != 2 or any(side < 1 or side % multiple for side in size):
         fits = tuple(max(math.ceil(side / multiple), 1) * multiple for side in size[:2])
@@ -296,7 +302,7 @@ def build_encoder(
     resblock_updown: bool,
     conv_resample: bool,
 ) -> tuple[nn.ModuleList, list[int]]:
-    """The blocks between the first convolution and the middle, and the channels of every skip, first convolution's too."""
+    """The blocks from the first convolution to the middle, and the channels of every skip."""
     blocks, skips = nn.ModuleList(), [widths[0]]
     for level, width in enumerate(widths):
         for _ in range(num_res_blocks):
@@ -311,14 +317,14 @@ def build_encoder(
 
 
 def run_block(model: ModelMixin, block: nn.Module, *args: Tensor) -> Tensor:
-    """Call a block of the model, without keeping its activations if gradient checkpointing is on."""
+    """Call a block of the model; with gradient checkpointing its activations are not kept."""
     if torch.is_grad_enabled() and model.gradient_checkpointing:
         return model._gradient_checkpointing_func(block, *args)
     return block(*args)
 
 
 def check_sample(sample: Tensor, channels: int, multiple: int) -> None:
-    """Raise ValueError for an input that the network cannot halve and double back to its own size."""
+    """Raise ValueError for an input that the network cannot halve and double back to its size."""
     if sample.ndim != 4 or sample.shape[1] != channels:
         raise ValueError(f"sample has shape {tuple(sample.shape)}; (batch, {channels}, height, width) is expected")
     if sample.shape[2] % multiple or sample.shape[3] % multiple:
@@ -338,26 +344,31 @@ def batch_timesteps(timestep: Tensor | float, sample: Tensor) -> Tensor:
     return timestep.to(sample.device).reshape(-1).expand(batch)
 
 
-class ADMUNet2DModel(ModelMixin, ConfigMixin):
-    """The U-Net of improved DDPM and ADM: sample (B, C, H, W) and timestep to a prediction (B, out_channels, H, W).
+class ADMUNet2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
+    """The U-Net of improved DDPM and ADM: a prediction (B, out_channels, H, W) of noisy images.
 
     Args:
-        sample_size: side, or (height, width), that pipelines sample; the network takes any multiple of
-            patch_size * 2^(levels - 1).
-        out_channels: `in_channels`, or twice as many for a learned variance (the second half). Fewer than `in_channels`
-            is allowed for inputs that carry a condition in more channels.
-        channel_mult: one multiplier of `model_channels` per level, fractions allowed; H and W halve between levels.
-        attention_resolutions: downsampling factors (powers of two, 1 is the first level) of the levels with attention.
-        num_head_channels: width of a head; if given, it decides the number of heads instead of `num_heads`.
+        sample_size: side, or (height, width), that pipelines sample; the network takes any multiple
+            of patch_size * 2^(levels - 1).
+        out_channels: None for `in_channels`, or twice as many for a learned variance (the second
+            half), or K times as many for K logits of each channel (discrete states). Fewer than
+            `in_channels` is allowed for inputs that carry a condition in more channels.
+        channel_mult: one multiplier of `model_channels` per level, fractions allowed; H and W halve
+            between levels.
+        attention_resolutions: downsampling factors (powers of two, 1 is the first level) of the
+            levels with attention.
+        num_head_channels: width of a head; if given, it decides the number of heads instead of
+            `num_heads`.
         num_heads_upsample: heads in the decoder if they differ from `num_heads`.
         use_scale_shift_norm: adaptive group norm; otherwise the conditioning vector is added.
-        resblock_updown: resample inside residual blocks as in BigGAN; otherwise by layers, with a convolution if
-            `conv_resample`.
+        resblock_updown: resample inside residual blocks as in BigGAN; otherwise by layers, with a
+            convolution if `conv_resample`.
         use_new_attention_order: channel order of the attention's projection, see `qkv_attention`.
         residual_rescale: divide the sum of every residual connection by sqrt(2).
-        patch_size: work on patches of this side (space to depth, inside the network; the process of the pixels is unchanged).
-        num_class_embeds: number of classes; labels are then required, unless `null_class` adds the row `null_class_id`,
-            which stands for "no label".
+        patch_size: work on patches of this side (space to depth, inside the network; the process of
+            the pixels is unchanged).
+        num_class_embeds: number of classes; labels are then required, unless `null_class` adds the
+            row `null_class_id`, which stands for "no label".
 
     Raises ValueError for settings that do not fit each other, and names a setting that does.
     """
@@ -372,7 +383,7 @@ class ADMUNet2DModel(ModelMixin, ConfigMixin):
         self,
         sample_size: int | tuple[int, int] = 32,
         in_channels: int = 3,
-        out_channels: int = 3,
+        out_channels: int | None = None,
         model_channels: int = 128,
         channel_mult: tuple[float, ...] = (1, 2, 2, 2),
         num_res_blocks: int = 2,
@@ -392,64 +403,82 @@ class ADMUNet2DModel(ModelMixin, ConfigMixin):
         null_class: bool = False,
     ):
         super().__init__()
-        check_counts(
-            in_channels=in_channels,
-            out_channels=out_channels,
-            num_res_blocks=num_res_blocks,
-            num_class_embeds=1 if num_class_embeds is None else num_class_embeds,
-        )
-        if out_channels > in_channels and out_channels != 2 * in_channels:
+        if out_channels is None:
+            self.register_to_config(out_channels=in_channels)
+        elif out_channels > in_channels > 0 and out_channels % in_channels:
             raise ValueError(
                 f"out_channels {out_channels} does not fit in_channels {in_channels}; use {in_channels}, or "
-                f"{2 * in_channels} for a learned variance"
+                f"{2 * in_channels} for a learned variance, or K * {in_channels} for K logits of each channel"
             )
-        if null_class and num_class_embeds is None:
-            raise ValueError("null_class=True needs classes to leave out; set num_class_embeds to their number")
-        widths = level_widths(model_channels, channel_mult, norm_num_groups)
-        check_sizes(sample_size, patch_size, len(widths), attention_resolutions)
+        self._build(self.config.out_channels)
 
-        emb_channels = 4 * model_channels
+    def _build(self, out_channels: int) -> None:
+        """Make the layers of the configuration; the constructors of the subclasses call it, too."""
+        config = self.config
+        classes = config.num_class_embeds
+        check_counts(
+            in_channels=config.in_channels,
+            out_channels=out_channels,
+            num_res_blocks=config.num_res_blocks,
+            num_class_embeds=1 if classes is None else classes,
+        )
+        if config.null_class and classes is None:
+            raise ValueError("null_class=True needs classes to leave out; set num_class_embeds to their number")
+        widths = level_widths(config.model_channels, config.channel_mult, config.norm_num_groups)
+        check_sizes(config.sample_size, config.patch_size, len(widths), config.attention_resolutions)
+
+        emb_channels = 4 * config.model_channels
         resnet = partial(
             ADMResBlock,
             emb_channels=emb_channels,
-            groups=norm_num_groups,
-            dropout=dropout,
-            scale_shift=use_scale_shift_norm,
-            rescale=residual_rescale,
+            groups=config.norm_num_groups,
+            dropout=config.dropout,
+            scale_shift=config.use_scale_shift_norm,
+            rescale=config.residual_rescale,
         )
 
-        def attention(width: int, heads: int = num_heads) -> ADMAttention:
-            heads = count_heads(width, heads, num_head_channels)
+        def attention(width: int, num_heads: int = config.num_heads) -> ADMAttention:
             return ADMAttention(
-                width, heads, groups=norm_num_groups, new_order=use_new_attention_order, rescale=residual_rescale
+                width,
+                count_heads(width, num_heads, config.num_head_channels),
+                groups=config.norm_num_groups,
+                new_order=config.use_new_attention_order,
+                rescale=config.residual_rescale,
             )
 
-        self.null_class_id = num_class_embeds if null_class else None
-        self.multiple = patch_size * 2 ** (len(widths) - 1)
-        self.time_embedding = ADMTimeEmbedding(model_channels, emb_channels)
+        self.null_class_id = classes if config.null_class else None
+        self.multiple = config.patch_size * 2 ** (len(widths) - 1)
+        self.time_embedding = ADMTimeEmbedding(config.model_channels, emb_channels)
         self.class_embedding = None
-        if num_class_embeds is not None:
-            self.class_embedding = nn.Embedding(num_class_embeds + int(null_class), emb_channels)
+        if classes is not None:
+            self.class_embedding = nn.Embedding(classes + int(config.null_class), emb_channels)
 
-        self.conv_in = nn.Conv2d(in_channels * patch_size**2, widths[0], 3, padding=1)
+        self.conv_in = nn.Conv2d(config.in_channels * config.patch_size**2, widths[0], 3, padding=1)
         self.down_blocks, skips = build_encoder(
-            widths, num_res_blocks, attention_resolutions, resnet, attention, resblock_updown, conv_resample
+            widths,
+            config.num_res_blocks,
+            config.attention_resolutions,
+            resnet,
+            attention,
+            config.resblock_updown,
+            config.conv_resample,
         )
         width = widths[-1]
         self.mid_block = ADMMiddle(resnet(width, width), attention(width), resnet(width, width))
         self.up_blocks = nn.ModuleList()
+        up_heads = config.num_heads if config.num_heads_upsample is None else config.num_heads_upsample
         for level, level_width in reversed(list(enumerate(widths))):
-            for index in range(num_res_blocks + 1):
+            for index in range(config.num_res_blocks + 1):
                 block = resnet(width + skips.pop(), level_width)
                 width = level_width
-                attend = upsample = None
-                if 2**level in attention_resolutions:
-                    attend = attention(width, num_heads if num_heads_upsample is None else num_heads_upsample)
-                if level > 0 and index == num_res_blocks:
-                    upsample = resnet(width, width, "up") if resblock_updown else ADMUpsample(width, conv_resample)
+                attend = attention(width, up_heads) if 2**level in config.attention_resolutions else None
+                upsample = None
+                if level > 0 and index == config.num_res_blocks:
+                    in_block = config.resblock_updown
+                    upsample = resnet(width, width, "up") if in_block else ADMUpsample(width, config.conv_resample)
                 self.up_blocks.append(ADMLayer(block, attend, upsample))
-        self.norm_out = ADMGroupNorm(norm_num_groups, width)
-        self.conv_out = zero_init(nn.Conv2d(width, out_channels * patch_size**2, 3, padding=1))
+        self.norm_out = ADMGroupNorm(config.norm_num_groups, width)
+        self.conv_out = zero_init(nn.Conv2d(width, out_channels * config.patch_size**2, 3, padding=1))
         self.gradient_checkpointing = False
 
     def conditioning(self, sample: Tensor, timestep: Tensor | float, class_labels: Tensor | None = None) -> Tensor:
@@ -487,18 +516,20 @@ class ADMUNet2DModel(ModelMixin, ConfigMixin):
         class_labels: Tensor | None = None,
         return_dict: bool = True,
     ) -> UNet2DOutput | tuple[Tensor]:
-        """Predict from `sample` (B, in_channels, H, W); the output has shape (B, out_channels, H, W).
+        """Predict (B, out_channels, H, W) from `sample` (B, in_channels, H, W).
 
         Args:
-            timestep: the diffusion step of all images (a number or a tensor of shape ()) or of each (B,); fractions allowed.
-            class_labels: int64 (B,). Required iff the model has classes and no null class; None means "no label" otherwise.
+            timestep: the diffusion step of all images (a number or a tensor of shape ()) or of each
+                (B,); fractions allowed.
+            class_labels: int64 (B,). Required iff the model has classes and no null class; None
+                means "no label" otherwise.
         """
         check_sample(sample, self.config.in_channels, self.multiple)
         h = self.transform(sample, self.conditioning(sample, timestep, class_labels))
         return UNet2DOutput(sample=h) if return_dict else (h,)
 
     def transform(self, sample: Tensor, emb: Tensor) -> Tensor:
-        """The U itself, from `sample` and the conditioning vector (B, E) to (B, out_channels, H, W)."""
+        """The U: (B, out_channels, H, W) from `sample` and the conditioning vector (B, E)."""
         emb = F.silu(emb)  # every block takes its SiLU
         if self.config.patch_size > 1:
             sample = F.pixel_unshuffle(sample, self.config.patch_size)  # (B, C * P^2, H / P, W / P)
@@ -515,15 +546,16 @@ class ADMUNet2DModel(ModelMixin, ConfigMixin):
 
 
 class ADMGenerator(ADMUNet2DModel):
-    """The U-Net as generator of a denoising diffusion GAN (arXiv:2112.07804): x_0 from (x_{t+1}, t, latent), t in 0..T-1.
+    """The U-Net as generator of a denoising diffusion GAN: x_0 from (x_{t+1}, t, latent).
 
-    A U-Net that was trained to denoise is a good generator to begin with, see `from_denoiser`. The arguments that
-    `ADMUNet2DModel` has too mean the same.
+    A U-Net that was trained to denoise is a good generator to begin with, see `from_denoiser`. The
+    arguments that `ADMUNet2DModel` has too mean the same.
 
     Args:
         signals: T square roots of alpha_bar, the share of x_0 in x_1 to x_T.
         timesteps: T timesteps that tell the U-Net so much noise, fractions allowed.
-        prediction_type: what the U-Net predicts, "epsilon", "v_prediction" or "sample"; x_0 follows from it.
+        prediction_type: what the U-Net predicts, "epsilon", "v_prediction" or "sample"; x_0 follows
+            from it.
         latent_dim: width of the latent, which enters as timesteps and labels do.
 
     Raises ValueError for settings that do not fit each other.
@@ -562,33 +594,12 @@ class ADMGenerator(ADMUNet2DModel):
             )
         if len(signals) != len(timesteps) or not all(0 < signal < 1 for signal in signals):
             raise ValueError(
-                f"signals {list(signals)} and timesteps {list(timesteps)} must be equally many, one for each step of the "
-                "process, and the signals between 0 and 1"
+                f"signals {list(signals)} and timesteps {list(timesteps)} must be equally many, one for each step of "
+                "the process, and the signals between 0 and 1"
             )
-        # past the parent's registration, which would record out_channels, no argument of this class
-        ADMUNet2DModel.__init__.__wrapped__(
-            self,
-            sample_size=sample_size,
-            in_channels=in_channels,
-            out_channels=in_channels,
-            model_channels=model_channels,
-            channel_mult=channel_mult,
-            num_res_blocks=num_res_blocks,
-            attention_resolutions=attention_resolutions,
-            num_heads=num_heads,
-            num_head_channels=num_head_channels,
-            num_heads_upsample=num_heads_upsample,
-            use_scale_shift_norm=use_scale_shift_norm,
-            resblock_updown=resblock_updown,
-            conv_resample=conv_resample,
-            use_new_attention_order=use_new_attention_order,
-            dropout=dropout,
-            norm_num_groups=norm_num_groups,
-            residual_rescale=residual_rescale,
-            patch_size=patch_size,
-            num_class_embeds=num_class_embeds,
-            null_class=null_class,
-        )
+        # not the parent's constructor, which would register out_channels, no argument of this class
+        ModelMixin.__init__(self)
+        self._build(out_channels=in_channels)
         check_counts(latent_dim=latent_dim)
         emb_channels = 4 * model_channels
         self.latent_embedding = nn.Sequential(
@@ -607,9 +618,10 @@ class ADMGenerator(ADMUNet2DModel):
         """A generator that starts as the denoiser `unet`, whatever the latent.
 
         Args:
-            alphas_cumprod: alpha_bar of the process that the U-Net was trained for, one for each of its timesteps.
-            alpha_bar: (T,) of x_1 to x_T of the few-step process. The timestep of each is found by its signal-to-noise ratio, between
-                two whole ones where need be.
+            alphas_cumprod: alpha_bar of the process that the U-Net was trained for, one for each of
+                its timesteps.
+            alpha_bar: (T,) of x_1 to x_T of the few-step process. The timestep of each is found by
+                its signal-to-noise ratio, between two whole ones where need be.
         """
         ratios = (alphas_cumprod.double() / (1 - alphas_cumprod.double())).log()  # falls with the timestep
         wanted = (alpha_bar.double() / (1 - alpha_bar.double())).log()
@@ -638,7 +650,7 @@ class ADMGenerator(ADMUNet2DModel):
         class_labels: Tensor | None = None,
         return_dict: bool = True,
     ) -> UNet2DOutput | tuple[Tensor]:
-        """Predict x_0 (B, C, H, W) from x_{t+1}; `timestep` t of shape () or (B,), `latent` (B, latent_dim) ~ N(0, I)."""
+        """x_0 (B, C, H, W) from x_{t+1}, t of shape () or (B,), and a unit Gaussian latent."""
         config = self.config
         check_sample(sample, config.in_channels, self.multiple)
         if latent.shape != (len(sample), config.latent_dim):
@@ -698,7 +710,7 @@ class AttentionPool(nn.Module):
 
 
 class SpatialPool(nn.Module):
-    """Two linear maps from the concatenated spatial means (B, features) of all blocks to the classes."""
+    """Two linear maps from the spatial means (B, features) of all blocks to the classes."""
 
     def __init__(self, features: int, num_classes: int, use_norm: bool):
         super().__init__()
@@ -713,17 +725,18 @@ class SpatialPool(nn.Module):
 
 
 class ADMClassifier(ModelMixin, ConfigMixin):
-    """The encoder half of the U-Net with a pooling head: classifies noisy images (B, C, H, W) at a timestep.
+    """The encoder half of the U-Net with a pooling head: classifies noisy images (B, C, H, W).
 
-    The arguments that `ADMUNet2DModel` has too mean the same. Input gradients work with frozen parameters and with gradient
-    checkpointing.
+    The arguments that `ADMUNet2DModel` has too mean the same. Input gradients work with frozen
+    parameters and with gradient checkpointing.
 
     Args:
-        pool: "adaptive" (average), "attention" (needs inputs of exactly `sample_size`), "spatial" or "spatial_v2" (means of
-            the outputs of all blocks).
+        pool: "adaptive" (average), "attention" (needs inputs of exactly `sample_size`), "spatial"
+            or "spatial_v2" (means of the outputs of all blocks).
         id2label: the names of the classes by number; only recorded.
-        noise_schedule: the scheduler arguments that define what a timestep meant in training, such as
-            {"num_train_timesteps": 1000, "beta_schedule": "linear"}; only recorded, a pipeline compares them with its own.
+        noise_schedule: the scheduler arguments that define what a timestep meant in training, such
+            as {"num_train_timesteps": 1000, "beta_schedule": "linear"}; only recorded, a pipeline
+            compares them with its own.
 
     Raises ValueError for settings that do not fit each other, and names a setting that does.
     """
@@ -784,7 +797,7 @@ class ADMClassifier(ModelMixin, ConfigMixin):
             widths, num_res_blocks, attention_resolutions, resnet, attention, resblock_updown, conv_resample
         )
         self.mid_block = ADMMiddle(resnet(width, width), attention(width), resnet(width, width))
-        self.input_size = (sample_size, sample_size) if isinstance(sample_size, int) else tuple(sample_size)
+        self.input_size = height_width(sample_size)
         if pool == "adaptive":
             self.head = AdaptivePool(width, num_classes, norm_num_groups)
         elif pool == "attention":
@@ -805,12 +818,12 @@ class ADMClassifier(ModelMixin, ConfigMixin):
     def forward(
         self, sample: Tensor, timestep: Tensor | float, return_dict: bool = True
     ) -> ADMClassifierOutput | tuple[Tensor]:
-        """Classify noisy images (B, in_channels, H, W) at a timestep (a number, () or (B,)); logits (B, num_classes)."""
+        """Logits (B, num_classes) of noisy images at a timestep (a number, () or (B,))."""
         check_sample(sample, self.config.in_channels, self.multiple)
         if self.config.pool == "attention" and tuple(sample.shape[2:]) != self.input_size:
             raise ValueError(
-                f"sample has shape {tuple(sample.shape)}; pool 'attention' takes {self.input_size} pixels only, because it "
-                "has one position embedding for each place: resize the images or choose another pool"
+                f"sample has shape {tuple(sample.shape)}; pool 'attention' takes {self.input_size} pixels only: it "
+                "has one position embedding for each place; resize the images or choose another pool"
             )
         emb = F.silu(self.conditioning(sample, timestep))  # (B, E)
         if self.config.patch_size > 1:
