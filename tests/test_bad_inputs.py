@@ -1,7 +1,7 @@
-"""The table of bad inputs: what a user gives, the exit status, and the one sentence that says what to do.
+"""The table of bad inputs: what a user gives, the exit status, and the sentence that helps.
 
-Status 2 is wrong usage, 1 a failure, 0 an odd input that is dealt with (a warning or the output says how). No row may end in a traceback,
-and a refused training leaves no file behind.
+Status 2 is wrong usage, 1 a failure. 0 is an odd input that is dealt with; a warning or the output
+says how. No row may end in a traceback, and a refused training leaves no file behind.
 """
 
 import os
@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 
-os.environ.setdefault("HF_UPDATE_DOWNLOAD_COUNTS", "0")  # before datasets is imported: it would reach for the network
+# Before datasets is imported: it would reach for the network.
+os.environ.setdefault("HF_UPDATE_DOWNLOAD_COUNTS", "0")
 
 import datasets
 import numpy as np
@@ -28,19 +29,23 @@ from hf_diffusion.training import train_classifier, train_ddgan, train_ddpm
 
 
 SCRIPTS = {"ddpm": train_ddpm.main, "classifier": train_classifier.main, "ddgan": train_ddgan.main}
-SHORT = "--train_batch_size 4 --max_train_steps 1 --sample_steps none --num_sample_images 1 --model_channels 8 --num_res_blocks 1"
+SHORT = (
+    "--train_batch_size 4 --max_train_steps 1 --sample_steps none --num_sample_images 1"
+    " --model_channels 8 --num_res_blocks 1"
+)
 NARROW = "--norm_num_groups 4 --num_head_channels 8 --channel_mult 1,2"
 SETTINGS = {
     "ddpm": f"{SHORT} {NARROW} --ddpm_num_inference_steps 1",
     "classifier": f"{SHORT} {NARROW}",
-    "ddgan": f"{SHORT} --channel_mult 1,2 --discriminator_channels 8 --latent_dim 4 --latent_embed_dim 8 --time_embed_dim 8",
+    "ddgan": f"{SHORT} --channel_mult 1,2 --discriminator_channels 8 --latent_dim 4 --latent_embed_dim 8"
+    " --time_embed_dim 8",
 }
 DIGITS = "--dataset_name digits --max_train_samples 8"
 
 
 @dataclass(frozen=True)
 class Row:
-    """`words` of the command line, in which {name} is a file of the material and {new} a fresh folder."""
+    """`words` of the command line: {name} is a file of the material, {new} a fresh folder."""
 
     what: str
     program: str
@@ -63,32 +68,41 @@ TABLE = [
     data("a data folder that is not there", "nowhere", 1, "nowhere' does not exist; pass a folder of images"),
     data("a file that is no data", "text", 1, "is neither a folder nor a .parquet, .zip or .tar file"),
     data("an empty folder", "empty", 1, "holds no images; put files such as .png or .jpg into it"),
-    data("a folder of other files", "no_images", 1, "holds no images; there are 1 file (notes.txt) of other kinds; put files such as .png"),
+    data("a folder of other files", "no_images", 1,
+        "holds no images; there are 1 file (notes.txt) of other kinds; put files such as .png"),
     data("nothing but truncated images", "truncated_all", 1, "no image can be decoded: "),
     data("a truncated image", "truncated_one", 0, "skipped a corrupt image: "),
-    data("more corrupt images than allowed", "truncated_one", 1, "more than max_bad_images=0 images cannot be decoded: ",
+    data("more corrupt images than allowed", "truncated_one", 1,
+        "more than max_bad_images=0 images cannot be decoded: ",
          "--max_bad_images 0"),
     data("a zero-byte image", "zero_byte", 0, "the file is empty"),
     data("mixed sizes", "mixed_sizes", 1, "pass --resolution to bring all images to one size"),
-    data("an odd size late in the set", "odd_late", 1, "while the set began with 8x8; pass --resolution", "--train_batch_size 100"),
+    data("an odd size late in the set", "odd_late", 1,
+        "while the set began with 8x8; pass --resolution", "--train_batch_size 100"),
     data("mixed modes", "mixed_modes", 0, "images of modes ['L', 'RGB', 'RGBA'] are brought to 4 channels of 8 bits"),
     data("an animated GIF", "animated", 0, "of animations only the first frame is used"),
     data("a 16-bit PNG", "deep", 0, "trained 1 steps"),
-    data("a floating-point TIFF", "floating", 1, "has floating-point pixels of unknown range; store images with 8 or 16 bits"),
+    data("a floating-point TIFF", "floating", 1,
+        "has floating-point pixels of unknown range; store images with 8 or 16 bits"),
     data("a 1-pixel image", "pixel", 1, "sample_size"),
     data("sides that cannot be halved", "seven", 1, "sample_size"),
     data("names in other scripts", "names", 0, "trained 1 steps", "--class_conditional"),
     data("a broken zip", "broken_zip", 1, "broken.zip' cannot be opened: "),
-    data("a zip without images", "empty_zip", 1, "holds no images; there are 1 file (readme.txt) of other kinds; put files such as .png"),
+    data("a zip without images", "empty_zip", 1,
+        "holds no images; there are 1 file (readme.txt) of other kinds; put files such as .png"),
     data("a truncated parquet", "broken_parquet", 1, "broken.parquet' cannot be opened: "),
-    data("a parquet without images", "no_image_column", 1, "the data set has no image column: its columns are ['number']"),
-    data("an image column that is not there", "labelled", 1, "column 'img' is not in the data set; its columns are ['image', 'label']",
+    data("a parquet without images", "no_image_column", 1,
+        "the data set has no image column: its columns are ['number']"),
+    data("an image column that is not there", "labelled", 1,
+        "column 'img' is not in the data set; its columns are ['image', 'label']",
          "--image_column img"),
     data("a class id out of range", "label_range", 1, "row 1 has label -1"),
     data("class ids with a gap", "label_gap", 1, "ids up to 3 without [2]; ids must be 0..n-1"),
     data("a row without a class", "label_none", 1, "row 1 has no label in column 'label'"),
-    data("a split that is not there", "good", 1, "split 'validation' is unknown; good has train (4), of which a part is train[:80%]", "--split validation"),
-    data("classes asked of images without", "flat", 1, "class_conditional is set, but flat has no labels", "--class_conditional"),
+    data("a split that is not there", "good", 1,
+        "split 'validation' is unknown; good has train (4), of which a part is train[:80%]", "--split validation"),
+    data("classes asked of images without", "flat", 1,
+        "class_conditional is set, but flat has no labels", "--class_conditional"),
     Row("a data set name that is no id", "ddpm", "--dataset_name a/b/c/d --output_dir {new}", 1, "data set 'a/b/c/d'"),
     # --- the output folder ---
     Row("a used output folder", "ddpm", f"{DIGITS} --output_dir {{used}}", 1,
@@ -97,35 +111,53 @@ TABLE = [
     Row("an output folder under a file", "ddpm", f"{DIGITS} --output_dir {{text}}/run", 1, "cannot be written"),
     # --- settings ---
     Row("no data", "ddpm", "--output_dir {new}", 2, "give --dataset_name or --train_data_dir: the data to train on"),
-    setting("an unknown flag", "ddgan", "--num_timestep 2", 2, "unknown flag --num_timestep; did you mean --num_timesteps?"),
-    setting("a configuration that is not there", "classifier", "--config {nowhere}", 2, "cannot read the configuration file"),
+    setting("an unknown flag", "ddgan", "--num_timestep 2", 2,
+        "unknown flag --num_timestep; did you mean --num_timesteps?"),
+    setting("a configuration that is not there", "classifier", "--config {nowhere}", 2,
+        "cannot read the configuration file"),
     setting("a configuration that is a folder", "ddpm", "--config {empty}", 2, "cannot read the configuration file"),
-    setting("an unknown key", "ddpm", "--config {unknown_key}", 2, "lerning_rate: there is no such setting; did you mean learning_rate?"),
-    setting("a value of a wrong type", "ddgan", "--config {wrong_type}", 2, "learning_rate: got 'fast'; allowed: a number"),
+    setting("an unknown key", "ddpm", "--config {unknown_key}", 2,
+        "lerning_rate: there is no such setting; did you mean learning_rate?"),
+    setting("a value of a wrong type", "ddgan", "--config {wrong_type}", 2,
+        "learning_rate: got 'fast'; allowed: a number"),
     setting("a configuration that is no YAML", "ddpm", "--config {no_yaml}", 2, "is not valid YAML (line 2"),
     setting("a binary configuration", "ddpm", "--config {binary}", 2, "is not text in UTF-8"),
     setting("a batch of 0", "ddpm", "--train_batch_size 0", 2, "train_batch_size: got 0; allowed: at least 1"),
-    setting("a negative learning rate", "classifier", "--learning_rate -1", 2, "learning_rate: got -1.0; allowed: above 0"),
-    setting("a learning rate that is no number", "ddpm", "--learning_rate nan", 2, "--learning_rate: got 'nan'; allowed: a number"),
+    setting("a negative learning rate", "classifier", "--learning_rate -1", 2,
+        "learning_rate: got -1.0; allowed: above 0"),
+    setting("a learning rate that is no number", "ddpm", "--learning_rate nan", 2,
+        "--learning_rate: got 'nan'; allowed: a number"),
     setting("a seed below 0", "ddgan", "--seed -3", 2, "seed: got -3; allowed: at least 0"),
     setting("two channels", "ddpm", "--channels 2", 2, "--channels: got '2'; allowed: 1, 3, 4 or none"),
-    setting("more sampling steps than timesteps", "ddpm", "--ddpm_num_steps 5 --ddpm_num_inference_steps 6", 2, "6 is more than ddpm_num_steps 5"),
-    setting("a batch that the discriminator cannot group", "ddgan", "--train_batch_size 6", 2, "train_batch_size 6 is no multiple of 4"),
-    setting("a process of too many steps", "ddgan", "--num_timesteps 17", 2, "num_timesteps: got 17; allowed: at least 1 and at most 16"),
+    setting("more sampling steps than timesteps", "ddpm", "--ddpm_num_steps 5 --ddpm_num_inference_steps 6", 2,
+        "6 is more than ddpm_num_steps 5"),
+    setting("a batch that the discriminator cannot group", "ddgan", "--train_batch_size 6", 2,
+        "train_batch_size 6 is no multiple of 4"),
+    setting("a process of too many steps", "ddgan", "--num_timesteps 17", 2,
+        "num_timesteps: got 17; allowed: at least 1 and at most 16"),
     setting("rates that fall", "ddgan", "--beta_min 5 --beta_max 1", 1, "beta_min"),
     setting("a held-out split that is not there", "classifier", "--eval_split test", 1, "split 'test' is unknown"),
     setting("groups that do not divide", "ddpm", "--norm_num_groups 3", 1, "groups"),
-    setting("fp16 on the CPU", "ddpm", "--mixed_precision fp16", 1, "mixed_precision fp16 needs a GPU; on the CPU give bf16 or no"),
-    Row("FSDP on the CPU", "ddpm", f"{DIGITS} --output_dir {{new}}", 1, "FSDP needs several GPUs: accelerate would train on this cpu without it",
+    setting("fp16 on the CPU", "ddpm", "--mixed_precision fp16", 1,
+        "mixed_precision fp16 needs a GPU; on the CPU give bf16 or no"),
+    Row("FSDP on the CPU", "ddpm", f"{DIGITS} --output_dir {{new}}", 1,
+        "FSDP needs several GPUs: accelerate would train on this cpu without it",
         (("ACCELERATE_USE_FSDP", "true"), ("FSDP_VERSION", "2"))),
     # --- checkpoints ---
-    setting("a checkpoint that is not there", "ddpm", "--resume_from_checkpoint {nowhere}", 1, "there is no checkpoint"),
-    setting("a folder that is no checkpoint", "ddgan", "--resume_from_checkpoint {good}", 1, "manifest.json is missing or damaged"),
-    setting("a damaged checkpoint", "ddpm", "--resume_from_checkpoint {damaged}", 1, "model.safetensors is different from what was saved"),
-    setting("a checkpoint without its optimizer", "ddpm", "--resume_from_checkpoint {incomplete}", 1, "optimizer.bin is missing"),
-    setting("a checkpoint of another run", "ddpm", "--seed 9 --resume_from_checkpoint {checkpoint}", 1, "seed was 0 and is 9"),
-    setting("a checkpoint of another method", "classifier", "--resume_from_checkpoint {checkpoint}", 1, "belongs to another run: "),
-    Row("none but damaged checkpoints", "ddpm", f"{DIGITS} --output_dir {{all_damaged}} --resume_from_checkpoint latest", 1, "damaged"),
+    setting("a checkpoint that is not there", "ddpm", "--resume_from_checkpoint {nowhere}", 1,
+        "there is no checkpoint"),
+    setting("a folder that is no checkpoint", "ddgan", "--resume_from_checkpoint {good}", 1,
+        "manifest.json is missing or damaged"),
+    setting("a damaged checkpoint", "ddpm", "--resume_from_checkpoint {damaged}", 1,
+        "model.safetensors is different from what was saved"),
+    setting("a checkpoint without its optimizer", "ddpm", "--resume_from_checkpoint {incomplete}", 1,
+        "optimizer.bin is missing"),
+    setting("a checkpoint of another run", "ddpm", "--seed 9 --resume_from_checkpoint {checkpoint}", 1,
+        "seed was 0 and is 9"),
+    setting("a checkpoint of another method", "classifier", "--resume_from_checkpoint {checkpoint}", 1,
+        "belongs to another run: "),
+    Row("none but damaged checkpoints", "ddpm",
+        f"{DIGITS} --output_dir {{all_damaged}} --resume_from_checkpoint latest", 1, "damaged"),
     # --- pipelines and the command line ---
     Row("a pipeline that is not there", "cli", "sample {nowhere}", 1, "is neither a folder here nor a name"),
     Row("a folder without a pipeline", "cli", "info {good}", 1, "holds no pipeline: it has no model_index.json"),
@@ -135,21 +167,30 @@ TABLE = [
     Row("no command", "cli", "", 2, "required: command"),
     Row("an unknown command", "cli", "train", 2, "invalid choice: 'train'"),
     Row("no images to draw", "cli", "sample {pipeline} --num_images 0", 2, "num_images: got 0; allowed: at least 1"),
-    Row("a number that is a word", "cli", "sample {pipeline} --num_images many", 2, "--num_images: got 'many'; allowed: a whole number or none"),
+    Row("a number that is a word", "cli", "sample {pipeline} --num_images many", 2,
+        "--num_images: got 'many'; allowed: a whole number or none"),
     Row("a class that is not there", "cli", "sample {pipeline} --class_labels 77", 2, "77"),
-    Row("no sampling steps", "cli", "sample {pipeline} --num_inference_steps 0", 2, "num_inference_steps: got 0; allowed: at least 1"),
+    Row("no sampling steps", "cli", "sample {pipeline} --num_inference_steps 0", 2,
+        "num_inference_steps: got 0; allowed: at least 1"),
     Row("more steps than there are", "cli", "sample {pipeline} --num_inference_steps 5000", 1, "5000"),
     Row("a device that is not there", "cli", "sample {pipeline} --device tpu7", 1, "tpu7"),
-    Row("a picture in a place that is a folder", "cli", "sample {pipeline} --num_images 10 --num_inference_steps 1 --output {empty}", 1, "empty"),
+    Row("a picture in a place that is a folder", "cli",
+        "sample {pipeline} --num_images 10 --num_inference_steps 1 --output {empty}", 2,
+        "does not end in the name of a picture's format; use .png"),
     Row("an unknown metric", "cli", "evaluate {pipeline} --metrics fid", 2, "--metrics fid: choose from fd, kd"),
-    Row("an evaluation of nothing", "cli", "evaluate {nowhere}.npz --dataset_name digits --output_dir {new}", 1, "is not there"),
+    Row("an evaluation of nothing", "cli", "evaluate {nowhere}.npz --dataset_name digits --output_dir {new}", 1,
+        "is not there"),
     Row("an array that is none", "cli", "evaluate {bad_npz} --dataset_name digits --output_dir {new}", 1, "bad.npz"),
-    Row("labels of another number", "cli", "evaluate {uneven_npz} --dataset_name digits --output_dir {new}", 1, "labels (2,) for 3 images"),
-    Row("a sweep of an unknown setting", "cli", "evaluate {pipeline} --sweep steps=1,2", 2, "--sweep steps=1,2: write NAME=A,B"),
+    Row("labels of another number", "cli", "evaluate {uneven_npz} --dataset_name digits --output_dir {new}", 1,
+        "labels (2,) for 3 images"),
+    Row("a sweep of an unknown setting", "cli", "evaluate {pipeline} --sweep steps=1,2", 2,
+        "--sweep steps=1,2: write NAME=A,B"),
     Row("a push of nothing", "cli", "push {empty} me/it", 1, "empty"),
-    Row("a push without a repository", "cli", "push {pipeline}", 2, "give the folder and the repository, or --pending OUTPUT_DIR"),
+    Row("a push without a repository", "cli", "push {pipeline}", 2,
+        "give the folder and the repository, or --pending OUTPUT_DIR"),
     Row("an outbox that is not there", "cli", "push --pending {nowhere}", 1, "there is no folder"),
-    Row("a conversion into a used folder", "cli", "convert {pipeline} {good} --to diffusers", 1, "holds something already; give another folder"),
+    Row("a conversion into a used folder", "cli", "convert {pipeline} {good} --to diffusers", 1,
+        "holds something already; give another folder"),
     Row("a conversion of nothing", "cli", "convert {nowhere}.pt {new} --from openai", 1, "there is no file"),
     Row("a conversion of text", "cli", "convert {text} {new} --from openai", 1, "text"),
 ]  # fmt: skip
@@ -186,12 +227,7 @@ def table_of(path: Path, labels: list | None, feature=None) -> Path:
 
 def images_of_every_kind(root: Path) -> dict[str, Path]:
     """Folders and files of images; each is named by what is wrong with it."""
-    made = {
-        "nowhere": root / "nowhere",
-        "text": root / "text.txt",
-        "empty": root / "empty",
-        "no_images": root / "no_images",
-    }
+    made = {"text": root / "text.txt"} | {name: root / name for name in ("nowhere", "empty", "no_images")}
     made["text"].write_text("no data")
     made["empty"].mkdir()
     made["no_images"].mkdir()
@@ -206,7 +242,8 @@ def images_of_every_kind(root: Path) -> dict[str, Path]:
     picture(made["mixed_modes"] / "001.png", mode="RGB")
     picture(made["mixed_modes"] / "002.png", mode="RGBA")
     made["odd_late"] = pictures(root / "odd_late", 100)
-    picture(made["odd_late"] / "002.png", (8, 9))  # the first look takes 64 evenly spaced images: not the third
+    # The first look takes 64 evenly spaced images: not the third.
+    picture(made["odd_late"] / "002.png", (8, 9))
     for name in ("animated", "deep", "floating"):
         made[name] = root / name
         made[name].mkdir()
@@ -251,7 +288,7 @@ def settings_files(root: Path) -> dict[str, Path]:
 
 
 def runs_and_pipelines(root: Path) -> dict[str, Path]:
-    """A finished run, and copies of its checkpoint and its pipeline that are damaged in one place each."""
+    """A finished run, and copies of its checkpoint and pipeline, each damaged in one place."""
     used = root / "used"
     assert train_ddpm.main(f"{DIGITS} {SETTINGS['ddpm']} --class_conditional --output_dir {used}".split()) == 0
     plain = root / "plain"
@@ -320,23 +357,23 @@ def test_bad_input_is_met_by_one_sentence_and_a_status(row, material, tmp_path, 
 
 @pytest.mark.parametrize("program", SCRIPTS)
 def test_a_read_only_output_folder_is_refused_before_training(program, capsys):
-    folder = Path(tempfile.mkdtemp())  # not tmp_path, whose parents only its owner may enter
+    # Not tmp_path, whose parents only its owner may enter.
+    folder = Path(tempfile.mkdtemp())
     folder.chmod(0o555)
     words = [*SETTINGS[program].split(), *DIGITS.split(), "--output_dir", str(folder / "run")]
-    root = os.geteuid() == 0  # whom permissions do not hold back
+    # Permissions do not hold root back, so it acts as nobody.
+    root = os.geteuid() == 0
     try:
         if root:
-            os.seteuid(65534)  # nobody
+            os.seteuid(65534)
         status, message = end_of(SCRIPTS[program], words)
     finally:
         if root:
             os.seteuid(0)
         folder.chmod(0o755)
         shutil.rmtree(folder)
-    assert (
-        status == 1
-        and f"output_dir {folder}/run cannot be written (Permission denied); give another folder" in message
-    )
+    assert status == 1
+    assert f"output_dir {folder}/run cannot be written (Permission denied); give another folder" in message
     assert "Traceback" not in capsys.readouterr().err
 
 

@@ -1,4 +1,4 @@
-"""The direction of dependencies, read from every import of the package, those within functions too."""
+"""The direction of dependencies, read from every import of the package, also within functions."""
 
 import ast
 from pathlib import Path
@@ -8,7 +8,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "hf_diffusion"
-# From the ground up: a room imports from rooms above it in this table only. Rooms of one line do not know each other.
+# From the ground up: a room imports from rooms above it in this table only.
+# Rooms of one line do not know each other.
 FLOORS = (
     ("randomness", "files", "environment"),
     ("config", "figures"),
@@ -23,14 +24,15 @@ FLOORS = (
     ("training", "commands"),
     ("cli",),
 )
-# What travels with the weights must not import the package, so it finds this module at run time, where it is installed.
+# What travels with the weights must not import the package.
+# So it finds this module at run time, where the package is installed.
 FOUND_AT_RUN_TIME = {("pipelines", "hub")}
 COMPONENT_LIBRARIES = {"torch", "numpy", "diffusers"}
-STANDARD = {"collections", "dataclasses", "functools", "inspect", "math", "typing", "types"}
+STANDARD = {"collections", "dataclasses", "functools", "inspect", "math", "numbers", "typing", "types"}
 
 
 def modules() -> dict[str, Path]:
-    """Every module of the package by its full name; the links to what stands beside it are followed."""
+    """Every module of the package by its full name; links to what stands beside it count, too."""
     found = {}
     for folder in (PACKAGE, *(ROOT / name for name in ("pipelines", "training"))):
         for path in sorted(folder.rglob("*.py")):
@@ -43,7 +45,10 @@ def modules() -> dict[str, Path]:
 
 
 def imports(path: Path) -> set[str]:
-    """Full names that a file imports anywhere: modules, and what it takes from them; by `import_module`, too."""
+    """Full names that a file imports anywhere: modules and what it takes from them.
+
+    `import_module` counts, too.
+    """
     names = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
@@ -120,7 +125,7 @@ def test_every_file_that_travels_has_a_stem_of_its_own():
 
 
 def test_no_folder_of_the_package_bears_the_name_of_a_diffusers_pipeline():
-    """diffusers would record that folder's name in model_index.json instead of our module, and not find the class."""
+    """diffusers would record that folder's name in model_index.json, and not find the class."""
     import diffusers.pipelines
 
     folders = {path.name for path in PACKAGE.iterdir() if path.is_dir()}

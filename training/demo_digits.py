@@ -1,6 +1,8 @@
-"""`make demo`: train a class-conditional model on handwritten digits, draw from it, load it in a new process, judge it.
+"""`make demo`: train a class-conditional model on handwritten digits, draw from it, load it in a
+new process, judge it.
 
-The judge is a support vector classifier of scikit-learn that has only seen real digits: the share of samples that it names as they were asked for.
+The judge is a support vector classifier of scikit-learn that has only seen real digits: the share
+of samples that it names as they were asked for.
 """
 
 import os
@@ -12,8 +14,9 @@ from pathlib import Path
 import numpy as np
 
 
-# One thread for so small a network: on two quiet cores a second one brings a quarter more (890 against 725 images/s), and on busy ones the two
-# wait for each other most of the time (50 to 300 images/s).
+# One thread for so small a network: on two quiet cores a second one brings a quarter more (890
+# against 725 images/s), and on busy ones the two wait for each other most of the time (50 to 300
+# images/s).
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 HERE = Path(__file__).resolve().parent
@@ -50,7 +53,9 @@ def train(output: Path) -> None:
 
 
 def draw_in_a_new_process(folder: Path, per_class: int) -> tuple[np.ndarray, np.ndarray]:
-    """Load the saved folder with the stock DiffusionPipeline in a fresh interpreter and sample: uint8 (N, 8, 8), labels (N,)."""
+    """Load the saved folder with the stock DiffusionPipeline in a fresh interpreter and sample:
+    uint8 (N, 8, 8), labels (N,).
+    """
     target = folder / "demo_samples.npz"
     subprocess.run([sys.executable, "-c", LOAD_AND_DRAW, str(folder), str(target), str(per_class)], check=True)
     with np.load(target) as arrays:
@@ -63,7 +68,8 @@ def judge(images: np.ndarray, labels: np.ndarray) -> float:
     from sklearn.svm import SVC
 
     real, digits = load_digits(return_X_y=True)
-    classifier = SVC(gamma=0.001).fit(real, digits)  # scikit-learn's own example; 16 grey levels, 64 pixels
+    # scikit-learn's own example; 16 grey levels, 64 pixels
+    classifier = SVC(gamma=0.001).fit(real, digits)
     return float((classifier.predict(images.reshape(len(images), 64) * (16 / 255)) == labels).mean())
 
 
@@ -81,12 +87,16 @@ def main() -> int:
     accuracy = judge(images, labels)
     drawn = time.perf_counter() - trained
     print(
-        f"\nA classifier of real digits names {accuracy:.1%} of {len(images)} samples as asked (no guidance, 50 steps, seeds 0 to {len(images) - 1}).\n"
+        f"\nA classifier of real digits names {accuracy:.1%} of {len(images)} samples as asked (no guidance, 50 "
+        f"steps, seeds 0 to {len(images) - 1}).\n"
         f"Training took {trained - began:.0f} s, loading in a new process and sampling {drawn:.0f} s.\n\n"
         f"  the grid, one row a digit     {OUTPUT / 'demo_grid.png'}\n"
-        f'  the pipeline                  {OUTPUT}  (DiffusionPipeline.from_pretrained("{OUTPUT}", trust_remote_code=True))\n'
-        f"  its card, curve and samples   {OUTPUT / 'README.md'}, {OUTPUT / 'loss_curve.png'}, {OUTPUT / 'samples'}\n\n"
-        f"  more of them: {VENV_BIN / 'hf-diffusion'} sample {OUTPUT} --class_labels 3,7 --num_images 64 --output sevens_and_threes.png"
+        f'  the pipeline                  {OUTPUT}  (DiffusionPipeline.from_pretrained("{OUTPUT}", '
+        "trust_remote_code=True))\n"
+        f"  its card, curve and samples   {OUTPUT / 'README.md'}, {OUTPUT / 'loss_curve.png'}, "
+        f"{OUTPUT / 'samples'}\n\n"
+        f"  more of them: {VENV_BIN / 'hf-diffusion'} sample {OUTPUT} --class_labels 3,7 --num_images 64 --output "
+        "sevens_and_threes.png"
     )
     return 0
 

@@ -1,13 +1,16 @@
-"""The study of Fashion-MNIST: what DDPM, DDIM, guidance and denoising diffusion GANs of five divergences give, and what they cost.
+"""The study of Fashion-MNIST: what DDPM, DDIM, guidance and denoising diffusion GANs of five
+divergences give, and what they cost.
 
     python training/study_fashion_mnist.py list
     python training/study_fashion_mnist.py run ddpm classifier guidance ddgan_js_t4
     python training/study_fashion_mnist.py run all --size gpu --dtype bf16
     python training/study_fashion_mnist.py report
 
-A cell is one training with its measurements, in runs/study/SIZE/CELL. `run` goes on where it was interrupted and leaves out what is done; `report`
-writes a table and a figure of quality against sampling time from the metrics.json files of whatever is there.
-Quality is the Frechet distance in the features of `--features`: a network file that is the same for all cells that are compared, or `trained`.
+A cell is one training with its measurements, in runs/study/SIZE/CELL. `run` goes on where it was
+interrupted and leaves out what is done; `report` writes a table and a figure of quality against
+sampling time from the metrics.json files of whatever is there. Quality is the Frechet distance in
+the features of `--features`: a network file that is the same for all cells that are compared, or
+`trained`.
 """
 
 import argparse
@@ -26,12 +29,15 @@ import yaml
 HERE = Path(__file__).resolve().parent
 DIVERGENCES = ("js", "hellinger", "reverse_kl", "total_variation", "wasserstein")
 SCALES = "0,0.5,1,1.5,2,3,4,6,8"
+# Names in the table, by the beginning or the middle of a scheduler's class name.
+SAMPLERS = {"DDIM": "DDIM", "DDPM": "DDPM", "DDGAN": "DDGAN", "UniPC": "UniPC", "DPMSolverMultistep": "DPM++ 2M"}
 FEWEST_IMAGES = 500  # a Frechet distance of 128 features from fewer is mostly bias
 
 
 @dataclass(frozen=True)
 class Measurement:
-    """Arguments of `hf-diffusion evaluate`; `calls` of the network make one image where the most steps are taken.
+    """Arguments of `hf-diffusion evaluate`; `calls` of the network make one image where the most
+    steps are taken.
 
     Where the results are compared with each other at `all_images`, no number of calls is too large.
     """
@@ -44,9 +50,11 @@ class Measurement:
 
 @dataclass(frozen=True)
 class Cell:
-    """A training (`script` None: none) and what is measured of the pipeline in the folder of the cell `model`, its own by default.
+    """A training (`script` None: none) and what is measured of the pipeline in the folder of the
+    cell `model`, its own by default.
 
-    `guide` is the cell whose classifier guides, `start` the one whose network the training starts from.
+    `guide` is the cell whose classifier guides, `start` the one whose network the training starts
+    from.
     """
 
     name: str
@@ -70,7 +78,14 @@ def study_cells(size: str) -> dict[str, Cell]:
     ddim = Measurement("ddim", 100, ("--sweep", "num_inference_steps=5,10,20,50,100", "--sweep", "eta=0,1"))
     # as many calls as a GAN of four steps
     ddim_4 = Measurement("ddim_4", 4, ("--num_inference_steps", "4"), all_images=True)
-    # v and the cosine schedule change little at T = 50 and 300; the respaced chain of the T = 1000 model is the other way to so many steps
+    # Solvers that need no training: what every trained model of few steps stands beside.
+    few_steps = "num_inference_steps=2,3,4,5,8,10,20"
+    untrained = [
+        Measurement(name, 20, ("--scheduler", scheduler, "--sweep", few_steps), all_images=True)
+        for name, scheduler in (("unipc", "unipc"), ("dpmpp", "dpm++"))
+    ]
+    # v and the cosine schedule change little at T = 50 and 300; the respaced chain of the T = 1000
+    # model is the other way to so many steps
     shorter = [
         Cell(f"ddpm_t{steps}", "train_ddpm.py", (*recipe("ddpm"), "--ddpm_num_steps", str(steps)), (ancestral(steps),))
         for steps in (50, 300)
@@ -90,7 +105,7 @@ def study_cells(size: str) -> dict[str, Cell]:
         for divergence in DIVERGENCES
     ]
     cells = [
-        Cell("ddpm", "train_ddpm.py", recipe("ddpm"), (ddim, ddim_4, *map(ancestral, (50, 300, 1000)))),
+        Cell("ddpm", "train_ddpm.py", recipe("ddpm"), (ddim, ddim_4, *untrained, *map(ancestral, (50, 300, 1000)))),
         Cell("classifier", "train_classifier.py", recipe("classifier")),
         Cell("guidance", None, measurements=(guidance,), model="ddpm", guide="classifier"),
         *gans,
@@ -99,13 +114,17 @@ def study_cells(size: str) -> dict[str, Cell]:
     return {cell.name: cell for cell in cells}
 
 
-# --- run ----------------------------------------------------------------------------------------------------------------
+# --- run ------------------------------------------------------------------------------------------
 
 
 def train(cell: Cell, parent: Path, options: argparse.Namespace) -> None:
-    """Train to the end, from the newest checkpoint where there is one; a trained cell is left alone."""
+    """Train to the end, from the newest checkpoint where there is one.
+
+    A trained cell is left alone.
+    """
     folder = parent / cell.name
-    if cell.script is None or (folder / "README.md").is_file():  # the card is the last thing that a training writes
+    # the card is the last thing that a training writes
+    if cell.script is None or (folder / "README.md").is_file():
         return
     words = [*cell.flags, "--output_dir", str(folder), "--resume_from_checkpoint", "latest"]
     if cell.start is not None:
@@ -118,7 +137,10 @@ def train(cell: Cell, parent: Path, options: argparse.Namespace) -> None:
 
 
 def measure(cell: Cell, parent: Path, options: argparse.Namespace) -> None:
-    """Draw and measure, from the images that are there already; what was measured by the same command is left alone."""
+    """Draw and measure, from the images that are there already.
+
+    What was measured by the same command is left alone.
+    """
     for measurement in cell.measurements:
         folder = parent / cell.name / "measurements" / measurement.name
         affordable = max(FEWEST_IMAGES, options.network_calls // measurement.calls)
@@ -166,7 +188,7 @@ def run(options: argparse.Namespace) -> None:
     report(options)
 
 
-# --- report -------------------------------------------------------------------------------------------------------------
+# --- report ---------------------------------------------------------------------------------------
 
 
 def collect(parent: Path, cells: dict[str, Cell]) -> list[dict]:
@@ -184,7 +206,9 @@ def collect(parent: Path, cells: dict[str, Cell]) -> list[dict]:
 
 
 def training_minutes(folder: Path) -> float | None:
-    """Minutes that the optimizer's steps took, without samples and measurements, from the rates in metrics.jsonl."""
+    """Minutes that the optimizer's steps took, without samples and measurements, from the rates in
+    metrics.jsonl.
+    """
     file, config = folder / "metrics.jsonl", folder / "config.yaml"
     if not file.is_file() or not config.is_file():
         return None
@@ -200,7 +224,8 @@ def training_minutes(folder: Path) -> float | None:
 
 
 def row(cell: Cell, result: dict, minutes: list[float | None]) -> dict:
-    """What the table says of one result; guidance without a classifier needs two network calls a step.
+    """What the table says of one result; guidance without a classifier needs two network calls a
+    step.
 
     `minutes` are those of the trainings that the network went through.
     """
@@ -213,7 +238,7 @@ def row(cell: Cell, result: dict, minutes: list[float | None]) -> dict:
         settings = {"eta": sampling["sampler_config"].get("eta", 0.0)} | settings
     return {
         "cell": cell.name,
-        "sampler": next(name for name in ("DDIM", "DDPM", "DDGAN") if name in sampling["sampler"]),
+        "sampler": next(name for part, name in SAMPLERS.items() if part in sampling["sampler"]),
         "settings": ", ".join(f"{name} {value}" for name, value in settings.items() if name != "num_inference_steps"),
         "network_calls": steps * (2 if free and scale != 1 else 1),
         "images": protocol["count"],
@@ -250,18 +275,28 @@ def table(rows: list[dict]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def figure(rows: list[dict], path: Path) -> None:
-    """Distance against sampling time, a line for each cell, sampler and eta."""
-    from matplotlib.figure import Figure
+def lines_of(rows: list[dict]) -> dict[str, list[dict]]:
+    """The rows by the line of the figure that they lie on: of one cell, sampler, eta and N.
 
+    A distance from fewer images is larger for that alone, so a line joins no two numbers of images.
+    """
     lines: dict[str, list[dict]] = {}
     for r in rows:
         if r["cell"] == "guidance":
             continue  # scales are no matter of time
-        kind = (
-            f"DDGAN, {r['cell'].split('_', 1)[1].rsplit('_', 1)[0]}" if r["cell"].startswith("ddgan") else r["sampler"]
-        )
-        lines.setdefault(f"{kind}, {r['settings']}" if r["settings"] else kind, []).append(r)
+        kind = r["sampler"]
+        if r["cell"].startswith("ddgan"):
+            kind = f"DDGAN, {r['cell'].split('_', 1)[1].rsplit('_', 1)[0]}"
+        settings = f", {r['settings']}" if r["settings"] else ""
+        lines.setdefault(f"{kind}{settings}, N {r['images']:,}", []).append(r)
+    return lines
+
+
+def figure(rows: list[dict], path: Path) -> None:
+    """Distance against sampling time, see `lines_of`."""
+    from matplotlib.figure import Figure
+
+    lines = lines_of(rows)
     drawing = Figure(figsize=(9, 5.5), dpi=160, layout="constrained")
     axes = drawing.subplots()
     axes.spines[["top", "right"]].set_visible(False)
@@ -271,10 +306,8 @@ def figure(rows: list[dict], path: Path) -> None:
         x, y = [p["seconds_per_1000"] for p in points], [p["fd"] for p in points]
         axes.plot(x, y, marker="os^DvPX*hd"[number % 10], markersize=5, linewidth=1.3, label=label)
         for p in points:
-            # a distance from fewer images is larger for that alone
-            few = f" (N {p['images']})" if p["images"] < 1000 else ""
             place = (p["seconds_per_1000"], p["fd"])
-            axes.annotate(f"{p['network_calls']}{few}", place, (4, 4), textcoords="offset points", fontsize=7)
+            axes.annotate(f"{p['network_calls']}", place, (4, 4), textcoords="offset points", fontsize=7)
     axes.set(xscale="log", yscale="log", xlabel="seconds for 1,000 images (beside the points: network calls)")
     axes.yaxis.set_major_formatter("{x:g}")
     axes.yaxis.set_minor_formatter("{x:g}")

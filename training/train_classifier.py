@@ -1,11 +1,16 @@
-"""Train a classifier of noisy images, whose gradient guides a diffusion model (classifier guidance).
+"""Train a classifier of noisy images, whose gradient guides a diffusion model.
 
     accelerate launch training/train_classifier.py --config training/recipes/digits_classifier.yaml
-    accelerate launch training/train_classifier.py --train_data_dir my_images --resolution 64 --output_dir runs/classifier
+    accelerate launch training/train_classifier.py --train_data_dir my_images --resolution 64
 
-The noise schedule must be that of the diffusion model; it is saved in the classifier's config, and the pipeline compares
-them: `ClassifierGuidancePipeline.from_pretrained("runs/model", classifier=ADMClassifier.from_pretrained("runs/classifier"))`.
-Settings come from `--config` files, then from flags; `--help` lists them and `--dry_run` shows what a run would do.
+The noise schedule must be that of the diffusion model. It is saved in the classifier's config, and
+the pipeline compares them:
+
+    classifier = ADMClassifier.from_pretrained("runs/classifier")
+    pipe = ClassifierGuidancePipeline.from_pretrained("runs/model", classifier=classifier)
+
+Settings come from `--config` files, then from flags; `--help` lists them and `--dry_run` shows what
+a run would do.
 """
 
 import sys
@@ -22,6 +27,7 @@ from hf_diffusion.config.options import option
 from hf_diffusion.config.run_options import TrainingConfig
 from hf_diffusion.config.shared_options import DataOptions, NoiseScheduleOptions, UNetOptions
 from hf_diffusion.data.protocol import TrainingData
+from hf_diffusion.loop.fine_tuning import started_from
 from hf_diffusion.loop.generative import check_best_metric, held_out_loss
 from hf_diffusion.loop.start import run
 from hf_diffusion.loop.trainer import Trainer
@@ -50,7 +56,8 @@ class ClassifierConfig(UNetOptions, NoiseScheduleOptions, TrainingConfig, DataOp
     pool: Literal["adaptive", "attention", "spatial", "spatial_v2"] = option(
         "attention", "how pixels become one answer; attention is the one of ADM", group="network"
     )
-    # Without images that the training does not see, a classifier that has learned them by heart looks perfect.
+    # Without images that the training does not see, a classifier that has learned them by heart
+    # looks perfect.
     eval_split: str | None = option(
         None,
         "split that loss and accuracy are measured on at every eval_steps, such as train[90%:] or test",
@@ -61,12 +68,15 @@ class ClassifierConfig(UNetOptions, NoiseScheduleOptions, TrainingConfig, DataOp
     def papers(self) -> tuple[str, ...]:
         improved = ("nichol2021improved",) if self.beta_schedule == "squaredcos_cap_v2" else ()
         zero_snr = ("lin2024common",) if self.rescale_betas_zero_snr else ()
-        # Dhariwal and Nichol have the network, one half of their U-Net, and the guidance that it is for.
+        # Dhariwal and Nichol have the network, one half of their U-Net, and the guidance that it is
+        # for.
         return ("ho2020denoising", *improved, "dhariwal2021diffusion", *zero_snr)
 
 
 def build_network(config: ClassifierConfig, data: TrainingData) -> ADMClassifier:
-    """A classifier for the shape and the classes of the data, which records class names and noise schedule."""
+    """A classifier for the shape and the classes of the data, which records class names and noise
+    schedule.
+    """
     if data.kind != "images":
         raise ValueError(f"{data.name} holds {data.kind}, and this classifier is one of images; give images")
     if not data.num_classes:
@@ -86,7 +96,8 @@ def build(config: ClassifierConfig, accelerator: Accelerator, data: TrainingData
     """The trainer of a classifier, which users get as a model alone."""
     # v_prediction, because nothing is predicted here and zero SNR is refused with the default.
     scheduler = LinearDDPMScheduler(**config.noise_schedule(), prediction_type="v_prediction")
-    objective = NoisyClassObjective(scheduler, build_network(config, data), config.learning_rate, config.random_crop)
+    network = started_from(config, data, build_network(config, data), config.noise_schedule())
+    objective = NoisyClassObjective(scheduler, network, config.learning_rate, config.random_crop)
     evaluators = held_out_loss(config, accelerator, data, objective.players[0])
     check_best_metric(config, evaluators)
 

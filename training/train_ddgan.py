@@ -1,31 +1,34 @@
-"""Train a denoising diffusion GAN, which samples in a handful of steps, on your own images (arXiv:2112.07804).
+"""Train a denoising diffusion GAN on your own images (arXiv:2112.07804).
 
     accelerate launch training/train_ddgan.py --config training/recipes/digits_ddgan.yaml
-    accelerate launch training/train_ddgan.py --train_data_dir my_images --resolution 64 --output_dir runs/mine
+    accelerate launch training/train_ddgan.py --train_data_dir my_images --resolution 64
 
-Settings come from `--config` files, then from flags; `--help` lists them and `--dry_run` shows what a run would do.
+Settings come from `--config` files, then from flags; `--help` lists them and `--dry_run` shows what
+a run would do.
 
-`--init_from runs/my_ddpm` takes the U-Net of a trained DDPM as generator (`ADMGenerator`): it knows how to denoise, and the
-game only has to teach it steps that are large. That is by far the shortest way to a good few-step model; give the
-discriminator a head start (`--discriminator_warmup_steps 200`) and the generator a low `--learning_rate`, as
-recipes/fashion_mnist_ddgan_cpu.yaml does.
+`--init_from runs/my_ddpm` takes the U-Net of a trained DDPM as generator (`ADMGenerator`): it knows
+how to denoise, and the game only has to teach it steps that are large. That is by far the shortest
+way to a good few-step model; give the discriminator a head start (`--discriminator_warmup_steps
+200`) and the generator a low `--learning_rate`, as recipes/fashion_mnist_ddgan_cpu.yaml does.
 
-The divergence between q(x_t | x_{t+1}) and the generator's distribution is a flag. What else depends on it, by default:
+The divergence between q(x_t | x_{t+1}) and the generator's distribution is a flag. What else
+depends on it, by default:
 
-| divergence      | generator's loss | r1_gamma | note                                                             |
-|-----------------|------------------|----------|------------------------------------------------------------------|
-| js              | -log sigmoid(V)  | 0.05     | the one of the paper; trains without R1, too                     |
-| hellinger       | 1 - exp(V)       | 0.05     | exp is continued by its tangent from |V| = 10                    |
-| reverse_kl      | 1 - V            | 0.05     | as above                                                         |
-| total_variation | -tanh(V) / 2     | 0.5      | a weaker R1 lets |V| grow until tanh is flat                     |
-| wasserstein     | -V               | 1        | R1 converges; WGAN-GP and spectral norm circle round the optimum |
+| divergence      | generator's loss | r1_gamma | note                                             |
+|-----------------|------------------|----------|--------------------------------------------------|
+| js              | -log sigmoid(V)  | 0.05     | the one of the paper; trains without R1, too     |
+| hellinger       | 1 - exp(V)       | 0.05     | exp goes on as its tangent from |V| = 10         |
+| reverse_kl      | 1 - V            | 0.05     | as above                                         |
+| total_variation | -tanh(V) / 2     | 0.5      | a weaker R1 lets |V| grow until tanh is flat     |
+| wasserstein     | -V               | 1        | R1 converges; WGAN-GP, spectral norm circle      |
 
-These were found with points in the plane (tests/training/test_ddgan_2d.py). In metrics.jsonl watch `right`, the share
-of pairs in which the real one has the larger value, and real_t*, fake_t*: where they agree at the noisy timesteps from
-early on, the discriminator has fallen behind, which no warning can tell from success. A lower learning_rate for the
-generator, n_critic 2 or a wider discriminator bring it back (digits: with 1e-3 for both it fell behind within 400
-steps). Small images have little signal in x_2 and later of the default schedule; a lower beta_max, or the geometric
-schedule, gives the discriminator something to see there.
+These were found with points in the plane (tests/training/test_divergences_in_the_plane.py). In
+metrics.jsonl watch `right`, the share of pairs in which the real one has the larger value, and
+real_t*, fake_t*: where they agree at the noisy timesteps from early on, the discriminator has
+fallen behind, which no warning can tell from success. A lower learning_rate for the generator,
+n_critic 2 or a wider discriminator bring it back (digits: with 1e-3 for both it fell behind within
+400 steps). Small images have little signal in x_2 and later of the default schedule; a lower
+beta_max, or the geometric schedule, gives the discriminator something to see there.
 """
 
 import sys
@@ -70,14 +73,7 @@ class DDGANConfig(MeasureOptions, AdversarialOptions, ClassOptions, TrainingConf
     beta_min: float = option(0.1, "first rate of vp; first variance of geometric, such as 0.01", above=0)
     beta_max: float = option(20.0, "last rate of vp; last variance of geometric, such as 0.99", above=0)
 
-    init_from: str | None = option(
-        None,
-        "start from the generator of this DDGAN pipeline, or from the U-Net of this DDPM pipeline, a folder or Hub id: its shape then "
-        "replaces the options of the generator but latent_dim",
-        group="generator",
-        tied=False,
-    )
-    model_channels: int = option(64, "width of the generator's first level", at_least=4)
+    model_channels: int = option(64, "width of the generator's first level", group="generator", at_least=4)
     channel_mult: tuple[int, ...] | None = option(
         None, "width of each level in units of model_channels; none goes by the size", at_least=1
     )
@@ -89,7 +85,8 @@ class DDGANConfig(MeasureOptions, AdversarialOptions, ClassOptions, TrainingConf
     latent_embed_dim: int = option(128, "width of the latent's mapping", at_least=1)
     num_latent_layers: int = option(3, "layers of the latent's mapping", at_least=0)
     dropout: float = option(0.0, "dropout in the residual blocks", at_least=0, below=1)
-    # 2x2 pixels become channels at the network's two ends: a quarter of the positions, several times the speed.
+    # 2x2 pixels become channels at the network's two ends: a quarter of the positions, several
+    # times the speed.
     patch_size: int = option(1, "side of the pixel patches that the generator works on", at_least=1)
 
     discriminator: Literal["auto", "small", "large"] = option(
@@ -107,6 +104,13 @@ class DDGANConfig(MeasureOptions, AdversarialOptions, ClassOptions, TrainingConf
         None, "highest learning rate of the discriminator; none takes learning_rate", above=0, tied=False
     )
 
+    init_from: str | None = option(
+        None,
+        "start from the generator of this DDGAN pipeline or checkpoint, or from the U-Net of this DDPM pipeline, a "
+        "folder or Hub id: its shape then replaces the options of the generator but latent_dim",
+        is_path=True,
+        tied=False,
+    )
     # Where these differ from training one network: the values of the paper's code.
     learning_rate: float = option(1.6e-4, "highest learning rate of the generator", above=0)
     adam_beta1: float = option(0.5, "decay of AdamW's mean of the gradients", at_least=0, below=1)
@@ -161,7 +165,10 @@ class DDGANConfig(MeasureOptions, AdversarialOptions, ClassOptions, TrainingConf
 
 
 def levels_for(side: int) -> tuple[int, ...]:
-    """Width multipliers for maps of so many positions a side, of levels that halve exactly; those of the paper at 32 and 256."""
+    """Width multipliers for maps of so many positions a side, of levels that halve exactly.
+
+    Those of the paper at 32 and 256.
+    """
     wanted = next(
         multipliers
         for smallest, multipliers in (
@@ -183,7 +190,9 @@ def build_scheduler(config: DDGANConfig) -> DDGANScheduler:
 
 
 def build_generator(config: DDGANConfig, data: TrainingData) -> nn.Module:
-    """A generator for the shape and the classes of the data, or the trained one that `init_from` names."""
+    """A generator for the shape and the classes of the data, or the trained one that `init_from`
+    names.
+    """
     classes = config.num_class_embeds(data)
     if config.init_from is not None:
         return trained_generator(config, data, build_scheduler(config))
@@ -228,7 +237,10 @@ def build_discriminator(config: DDGANConfig, data: TrainingData) -> nn.Module:
 
 
 def build(config: DDGANConfig, accelerator: Accelerator, data: TrainingData) -> Trainer:
-    """The trainer of both networks; users get the generator with its scheduler and the names of the classes."""
+    """The trainer of both networks.
+
+    Users get the generator with its scheduler and the names of the classes.
+    """
     generator, discriminator = build_generator(config, data), build_discriminator(config, data)
     rates = (config.learning_rate, config.discriminator_learning_rate or config.learning_rate)
     game = AdversarialGame(build_scheduler(config), generator, discriminator, config, rates)

@@ -1,9 +1,10 @@
 """Train a (class-conditional) diffusion model on your own images.
 
     accelerate launch training/train_ddpm.py --config training/recipes/digits.yaml
-    accelerate launch training/train_ddpm.py --train_data_dir my_images --resolution 64 --output_dir runs/mine
+    accelerate launch training/train_ddpm.py --train_data_dir my_images --resolution 64
 
-Settings come from `--config` files, then from flags; `--help` lists them and `--dry_run` shows what a run would do.
+Settings come from `--config` files, then from flags; `--help` lists them and `--dry_run` shows what
+a run would do.
 """
 
 import sys
@@ -26,6 +27,7 @@ from hf_diffusion.config.shared_options import (
 )
 from hf_diffusion.data.points import SHAPES
 from hf_diffusion.data.protocol import TrainingData
+from hf_diffusion.loop.fine_tuning import started_from
 from hf_diffusion.loop.generative import generative_trainer
 from hf_diffusion.loop.start import run
 from hf_diffusion.loop.trainer import Trainer
@@ -121,8 +123,12 @@ def build_network(config: DDPMConfig, data: TrainingData) -> ADMUNet2DModel | Po
 
 
 def build(config: DDPMConfig, accelerator: Accelerator, data: TrainingData) -> Trainer:
-    """The trainer of a network, which users get with a scheduler for sampling and the names of the classes."""
-    scheduler, network = build_scheduler(config), build_network(config, data)
+    """The trainer of a network, which users get with a scheduler for sampling and the names of the
+    classes.
+    """
+    process = {**config.noise_schedule(), "prediction_type": config.prediction_type}
+    network = started_from(config, data, build_network(config, data), process)
+    scheduler = build_scheduler(config)
     objective = DenoisingObjective(scheduler, network, config, config.learning_rate, accelerator)
     names = dict(enumerate(data.class_names)) if config.class_conditional else None
 

@@ -1,9 +1,10 @@
-"""`make bench`: how long the same work takes here and in diffusers, as ratios of paired runs (below 1 is faster here).
+"""`make bench`: how long the same work takes here and in diffusers, as ratios of paired runs.
 
-few_steps compares DDGAN's 4 steps with diffusers' DDIM-50 and DDPM-1000, adversarial_step a DDGAN step with the
-reference's way of computing it.
+Below 1 is faster here. few_steps compares DDGAN's 4 steps with diffusers' DDIM-50 and DDPM-1000.
+adversarial_step compares a DDGAN step with the reference's way of computing it.
 
-python -m tests.benchmarks [--only scheduler_step,unet_forward] [--pairs 7] [--threads 2] [--output benchmarks.json]
+python -m tests.benchmarks [--only scheduler_step,unet_forward] [--pairs 7] [--threads 2]
+    [--output benchmarks.json]
 """
 
 import argparse
@@ -58,8 +59,10 @@ def parse(argv: list[str]) -> argparse.Namespace:
 def row(result: Result) -> str:
     s = result.summary()
     unit, scale = ("s ", 1) if s["stock_seconds"] >= 10 else ("ms", 1000)
+    reached = "yes" if s["reached"] else "NO"
     return (
-        f"{s['name']:<56} {s['ratio']:5.3f} ({s['ratio_min']:.3f}-{s['ratio_max']:.3f}) {s['target']:6.2f} {'yes' if s['reached'] else 'NO':>7} "
+        f"{s['name']:<56} {s['ratio']:5.3f} ({s['ratio_min']:.3f}-{s['ratio_max']:.3f}) "
+        f"{s['target']:6.2f} {reached:>7} "
         f"{s['stock_seconds'] * scale:9.1f} {unit} {s['our_seconds'] * scale:9.1f} {unit}"
     )
 
@@ -77,7 +80,8 @@ def main(argv: list[str]) -> int:
     torch.set_num_threads(options.threads)
     began, load_before = datetime.now(UTC), os.getloadavg()
     print(
-        f"{options.threads} threads, load {load_before[0]:.1f}; median ratio ours / diffusers of alternating runs (min-max)\n"
+        f"{options.threads} threads, load {load_before[0]:.1f}; "
+        "median ratio ours / diffusers of alternating runs (min-max)\n"
     )
     print(
         f"{'same work':<56} {'ratio':>5} {'(min-max)':<13} {'target':>6} {'reached':>7} {'diffusers':>12} {'ours':>12}"

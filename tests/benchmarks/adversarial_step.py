@@ -1,8 +1,10 @@
-"""One DDGAN step on the CPU: the trainer's against the cost of the reference's, written anew from its description.
+"""One DDGAN step on the CPU: the trainer's against the reference's, written from its description.
 
-What is dear in the reference's step: FIR resampling treats every channel of every image as an image of its own,
-computes all outputs of a downsampling and drops three quarters of them, and upsamples by a convolution over inserted
-zeros; and the discriminator's half differentiates through the generator and throws that gradient away.
+What is dear in the reference's step:
+- FIR resampling treats every channel of every image as an image of its own;
+- a downsampling computes all outputs and drops three quarters of them;
+- an upsampling is a convolution over inserted zeros;
+- the discriminator's half differentiates through the generator and drops that gradient.
 """
 
 import copy
@@ -49,8 +51,10 @@ class ResampleByChannel(torch.nn.Module):
 
 
 def slowed(network: torch.nn.Module) -> torch.nn.Module:
-    """A copy that resamples by channel; the pyramid's one filter a level stays as it is, in favour of the
-    reference."""
+    """A copy that resamples by channel.
+
+    The pyramid's one filter a level stays as it is, in favour of the reference.
+    """
     network = copy.deepcopy(network)
     for module in list(network.modules()):
         for name, child in module.named_children():
@@ -60,8 +64,10 @@ def slowed(network: torch.nn.Module) -> torch.nn.Module:
 
 
 def reference_steps(generator: torch.nn.Module, discriminator: torch.nn.Module, data: ImageData) -> Iterator[float]:
-    """The iteration of reference/ddgan.md section 1: real, R1 and fake each with a backward, the generator's graph
-    kept throughout."""
+    """The iteration of reference/ddgan.md section 1.
+
+    Real, R1 and fake each have a backward; the generator's graph is kept throughout.
+    """
     generator, discriminator = slowed(generator), slowed(discriminator)
     process = DDGANScheduler(4)
     optimizers = [torch.optim.Adam(net.parameters(), lr=1e-4, betas=(0.5, 0.9)) for net in (generator, discriminator)]

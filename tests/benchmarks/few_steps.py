@@ -1,5 +1,4 @@
-"""Sampling images of 28x28: DDGAN in its 4 steps against DDIM in 50 and DDPM in 1000, with networks of the same
-cost."""
+"""Sampling at 28x28: DDGAN in 4 steps against DDIM in 50 and DDPM in 1000, by equal networks."""
 
 from collections.abc import Iterator
 from functools import partial

@@ -11,10 +11,11 @@ WIDTHS = (32, 64, 96)
 
 
 def networks(size: int, channels: int, blocks: int, scale_shift: bool = False) -> tuple[UNet2DModel, ADMUNet2DModel]:
-    """Three levels of 32, 64 and 96 channels with `blocks` residual blocks each, attention in the lower two, 32 channels a head.
+    """Three levels of 32, 64 and 96 channels with `blocks` residual blocks each.
 
-    The same parameters and the same multiplications in both, which is checked. The output maps, zero in a fresh ADM U-Net, are drawn
-    anew, because products with zeros or with denormal numbers may take another time than those of a trained network.
+    The lower two have attention with 32 channels a head. Both networks have the same parameters and
+    the same multiplications, which is checked. The output maps, zero in a fresh U-Net, are drawn
+    anew: products with zeros or denormal numbers may take another time than a trained network's.
     """
     torch.manual_seed(0)
     stock = UNet2DModel(

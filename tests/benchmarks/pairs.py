@@ -1,5 +1,7 @@
-"""Timing of the same work in diffusers and here, in alternating runs, so that a slow minute of the machine meets
-both."""
+"""Timing of the same work in diffusers and here.
+
+The runs alternate, so that a slow minute of the machine meets both.
+"""
 
 import statistics
 import time
@@ -12,12 +14,11 @@ Work = Callable[[], object]
 
 @dataclass
 class Comparison:
-    """Work of diffusers (or of what the name says), and the same work here in one or more variants; each with the
-    ratio to reach.
+    """Work of diffusers, or of what the name says, and the same work here in one or more variants.
 
-    `calls` are timed together, so that one measurement is long against the clock and the scheduler of the system.
-    Where only a part of the other's work is timed, as the name then says, `stock_scale` is the whole of it over that
-    part.
+    Each variant comes with the ratio to reach. `calls` are timed together, so that one measurement
+    is long against the clock and the scheduler of the system. Where only a part of the other's work
+    is timed, the name says so, and `stock_scale` is the whole of it over that part.
     """
 
     name: str
@@ -66,7 +67,7 @@ def seconds(work: Work, calls: int) -> float:
 
 
 def measure(comparison: Comparison, rounds: int) -> Iterator[Result]:
-    """Run stock, ours, stock, ours, ...; with several variants each round runs stock once and every variant once."""
+    """Run stock, ours, stock, ours, ...; a round runs stock once and every variant once."""
     works = [comparison.stock, *(work for work, _ in comparison.ours.values())]
     if comparison.warm_up:
         for work in works:

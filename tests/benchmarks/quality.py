@@ -1,9 +1,11 @@
-"""What the same minutes of training on the same machine give: a plain diffusers script against a recipe of this package.
+"""What the same minutes of training give: a plain diffusers script against a recipe from here.
 
-python -m tests.benchmarks.quality --minutes 20 [--train_data_dir FILE.parquet] [--features NETWORK.safetensors] [--output_dir runs/quality]
+python -m tests.benchmarks.quality --minutes 20 [--train_data_dir FILE.parquet]
+    [--features NETWORK.safetensors] [--output_dir runs/quality]
 
-Plain is what the examples of diffusers do, at sizes for 28x28: UNet2DModel of 1.8 M parameters, epsilon, cosine schedule, AdamW 4e-4, EMA, batch 128.
-Both are sampled by DDIM in 50 steps and measured by `hf-diffusion evaluate` with the same features. It takes more than twice the minutes.
+Plain is what the examples of diffusers do, at sizes for 28x28: UNet2DModel of 1.8 M parameters,
+epsilon, cosine schedule, AdamW 4e-4, EMA, batch 128. Both are sampled by DDIM in 50 steps and
+measured by `hf-diffusion evaluate` with the same features. It takes more than twice the minutes.
 """
 
 import argparse
@@ -29,7 +31,7 @@ RECIPE = Path(__file__).resolve().parents[2] / "training" / "recipes" / "fashion
 
 
 def train_plain(data: ImageData, minutes: float, folder: Path) -> int:
-    """Train for so many minutes, save a stock pipeline with the averaged weights; the number of steps."""
+    """Train for so many minutes and save a stock pipeline of the averages; the number of steps."""
     torch.manual_seed(0)
     model, _ = networks(size=28, channels=1, blocks=1)
     model.train()
@@ -56,7 +58,10 @@ def train_plain(data: ImageData, minutes: float, folder: Path) -> int:
 
 
 def train_ours(source: list[str], minutes: float, folder: Path) -> int:
-    """Train by the recipe, whose learning rate decays over as many steps as fit; that number, found from the rate of a short run."""
+    """Train by the recipe, whose learning rate decays over as many steps as fit; that number.
+
+    It is found from the rate of a short run.
+    """
 
     def train(target: Path, steps: int) -> float:
         words = ["--config", str(RECIPE), *source, "--output_dir", str(target), "--overwrite_output_dir"]
@@ -116,9 +121,8 @@ def main(argv: list[str]) -> int:
         **environment(),
     }
     (options.output_dir / "quality.json").write_text(json.dumps(report, indent=1) + "\n")
-    print(
-        f"{measures['plain']['fd']['name']}: plain diffusers {plain:.3g}, recipe {recipe:.3g}: {recipe / plain:.3f} of it"
-    )
+    name = measures["plain"]["fd"]["name"]
+    print(f"{name}: plain diffusers {plain:.3g}, recipe {recipe:.3g}: {recipe / plain:.3f} of it")
     return 0
 
 

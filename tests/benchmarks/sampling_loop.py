@@ -1,4 +1,4 @@
-"""Sampling 500 images of 28x28 in 50 DDIM steps: pipeline against pipeline, called as a user would call them."""
+"""Sampling 500 images of 28x28 in 50 DDIM steps: pipeline against pipeline, as users call them."""
 
 import copy
 from collections.abc import Callable, Iterator
@@ -18,7 +18,7 @@ IMAGES, STEPS, SIZE = 500, 50, 28
 
 
 def has_bfloat16() -> bool:
-    """Whether the CPU multiplies bfloat16 natively; elsewhere it is emulated, and slower than float32."""
+    """Whether the CPU multiplies bfloat16 natively; emulated, it is slower than float32."""
     try:
         flags = set(Path("/proc/cpuinfo").read_text().split())
     except OSError:

@@ -18,7 +18,10 @@ CLASSES = (
 
 
 def run(scheduler, arguments: dict, x_t: torch.Tensor, output: torch.Tensor) -> None:
-    """Ten steps in the middle of a run of 50, all from one x_t; each sample is freed before the next, as in a sampling loop."""
+    """Ten steps in the middle of a run of 50, all from one x_t.
+
+    Each sample is freed before the next, as in a sampling loop.
+    """
     generator = torch.Generator().manual_seed(0)
     for t in scheduler.timesteps[20:30]:
         scheduler.step(output, t, x_t, generator=generator, return_dict=False, **arguments)

@@ -1,4 +1,4 @@
-"""One optimizer step, data to averaged weights: the trainer's against that of diffusers' train_unconditional.py."""
+"""One optimizer step, data to averaged weights: the trainer's against diffusers' script's."""
 
 import tempfile
 from collections.abc import Iterator
@@ -26,7 +26,10 @@ BATCH, SIZE, STEPS = 64, 28, 1000
 
 
 def stock_steps(model: UNet2DModel, data: ImageData) -> Iterator[float]:
-    """The loop body of diffusers' examples/unconditional_image_generation/train_unconditional.py with its defaults."""
+    """The loop body of diffusers' train_unconditional.py with its defaults.
+
+    It stands in examples/unconditional_image_generation.
+    """
     pixels = data.fetch(list(range(len(data))), 0)["x_0"]
     loader = DataLoader(TensorDataset(pixels), batch_size=BATCH, shuffle=True, drop_last=True)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.95, 0.999), weight_decay=1e-6)
@@ -60,6 +63,7 @@ def our_steps(model: ADMUNet2DModel, data: ImageData, folder: str) -> Iterator[i
         max_train_steps=STEPS,
         prediction_type="epsilon",
         timestep_sampling="uniform",
+        learning_rate=1e-4,
     )
     accelerator = Accelerator(cpu=True)
     objective = DenoisingObjective(build_scheduler(config), model.train(), config, config.learning_rate, accelerator)

@@ -1,4 +1,4 @@
-"""One forward pass of a U-Net without gradients, as sampling runs it, on a batch whose activations stay small."""
+"""One forward pass of a U-Net without gradients, as sampling runs it, on a small batch."""
 
 from collections.abc import Iterator
 from functools import partial

@@ -1,8 +1,8 @@
 """A family that no file of the package knows: vectors of seven signs, corrupted by flipping signs.
 
-There is no Gaussian noise, no timestep and no image in it. A level u in [0, 1) says how many signs are wrong: each is
-replaced by a fair coin with probability u. The network predicts the clean signs; sampling goes from coins to signs in
-rounds. A copy of this file travels with the weights.
+There is no Gaussian noise, no timestep and no image in it. A level u in [0, 1) says how many signs
+are wrong: each is replaced by a fair coin with probability u. The network predicts the clean signs.
+Sampling goes from coins to signs in rounds. A copy of this file travels with the weights.
 """
 
 from dataclasses import dataclass
@@ -33,7 +33,7 @@ class FlipScheduler(SchedulerMixin, ConfigMixin):
         return [self.config.highest * (rounds - i) / rounds for i in range(rounds)]
 
     def corrupt(self, signs, level, chance, coin):
-        """Signs (B, 7) of which those with chance (B, 7) below level (B,) become the sign of coin - 1/2."""
+        """Signs (B, 7); where chance (B, 7) is below level (B,), the sign of coin - 1/2."""
         return torch.where(chance < level[:, None], (coin - 0.5).sign(), signs)
 
 
@@ -79,7 +79,7 @@ class FlipPipeline(SelfContainedMixin, DiffusionPipeline):
         return (clean.numpy(),)
 
 
-# --- what trains it: beside the pipeline in one file, so that the whole family can be read at once ---------------------
+# --- what trains it, in the same file, so that the whole family can be read at once ---
 
 
 def measure_agreement(pipeline, data, options):

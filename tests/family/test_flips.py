@@ -1,4 +1,4 @@
-"""A made-up family goes the whole way, from training to the Hub, though no file of the package knows it."""
+"""A made-up family goes the whole way to the Hub, though no file of the package knows it."""
 
 import json
 import re

@@ -73,18 +73,25 @@ def take_cases(folder: Path, target: Path) -> None:
     files = {}
     for file, chosen in by_file.items():
         entry, packed = manifest["files"][file], file.replace(".npz", ".safetensors.gz")
-        arrays, named = read_arrays(folder / file), tuple(f"{name}__" for name in chosen)
+        arrays, named = read_arrays(folder / file), tuple(f"{name}{mark}" for name in chosen for mark in ("__", "/"))
         arrays = {key: arrays[key] for key in arrays if key.startswith(named)} or arrays
         (target / packed).write_bytes(gzip.compress(save(arrays), mtime=0))
         cases = entry["cases"]
         if isinstance(cases, dict):
-            # what "keys" says of the arrays, they say themselves
-            kept = {name: {key: cases[name][key] for key in cases[name] if key != "keys"} for name in chosen}
+            kept = {name: without_meanings(cases[name]) for name in chosen}
         else:
             kept = [case for case in cases if (case if isinstance(case, str) else case["id"]) in chosen]
         files[packed] = {key: value for key, value in entry.items() if key not in ("bytes", "sha256", "keys")}
         files[packed]["cases"] = kept
     write_manifest(target, manifest | {"files": files})
+
+
+def without_meanings(case: dict[str, Any]) -> dict[str, Any]:
+    """A case of a manifest without what its "keys" say of the arrays but their tolerances."""
+    keys = case.get("keys", {})
+    tolerances = {key: {"tolerance": about["tolerance"]} for key, about in keys.items() if "tolerance" in about}
+    rest = {key: value for key, value in case.items() if key != "keys"}
+    return rest | ({"keys": tolerances} if tolerances else {})
 
 
 def take_networks(folder: Path, target: Path) -> None:

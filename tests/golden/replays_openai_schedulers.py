@@ -306,9 +306,8 @@ def replay_misc(case: Case) -> None:
         from hf_diffusion.data.pixels import from_network_range
 
         sample = case.input("sample", torch.float32)
-        truncated = (
-            ((sample + 1) * 127.5).clamp(0, 255).to(torch.uint8)
-        )  # the reference's rule; ours rounds to the nearest
+        # The reference's rule; ours rounds to the nearest.
+        truncated = ((sample + 1) * 127.5).clamp(0, 255).to(torch.uint8)
         case.check("uint8", truncated, None)
         assert (from_network_range(sample).int() - truncated.int()).abs().max() <= 1
     else:

@@ -1,10 +1,8 @@
-import subprocess
-import sys
-
 import pytest
 import torch
 
 from hf_diffusion.models.unet_adm import ADMClassifier
+from tests.launching import run_claims
 
 
 POOLS = ["adaptive", "attention", "spatial", "spatial_v2"]
@@ -124,11 +122,11 @@ def test_saved_classifier_loads_in_a_fresh_process(tmp_path):
     model, x = small(), images()
     model.save_pretrained(tmp_path)
     torch.save({"x": x, "logits": model(x, 5).logits.detach()}, tmp_path / "expected.pt")
-    script = (
-        "import sys, torch\n"
-        "from hf_diffusion.models.unet_adm import ADMClassifier\n"
-        "expected = torch.load(sys.argv[1] + '/expected.pt')\n"
-        "logits = ADMClassifier.from_pretrained(sys.argv[1])(expected['x'], 5).logits\n"
-        "torch.testing.assert_close(logits, expected['logits'])\n"
-    )
-    subprocess.run([sys.executable, "-c", script, str(tmp_path)], check=True, timeout=300)
+    child = """
+        import torch
+        from hf_diffusion.models.unet_adm import ADMClassifier
+        expected = torch.load("expected.pt")
+        logits = ADMClassifier.from_pretrained(".")(expected["x"], 5).logits
+        torch.testing.assert_close(logits, expected["logits"])
+    """
+    run_claims(child, tmp_path)

@@ -3,8 +3,6 @@
 import json
 import math
 import shutil
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -17,6 +15,7 @@ from hf_diffusion.models import mlp_points
 from hf_diffusion.models.mlp_points import PointDenoiser, PointDiscriminator, PointGenerator
 from hf_diffusion.schedulers.scheduling_ddgan import DDGANScheduler
 from hf_diffusion.schedulers.scheduling_gaussian import DDIMEtaScheduler
+from tests.launching import run_claims
 
 
 LABELS = torch.tensor([0, 2, 1, 0])
@@ -135,14 +134,15 @@ def test_the_file_alone_loads_every_saved_network_in_a_new_process_and_so_does_s
             json.dumps({**config, "auto_map": {"AutoModel": f"mlp_points.{cls.__name__}"}})
         )
     torch.save(expected, tmp_path / "expected.pt")
-    code = (
-        "import sys, torch, mlp_points\n"
-        "for name, (given, out) in torch.load('expected.pt').items():\n"
-        "    model = getattr(mlp_points, name).from_pretrained(name)\n"
-        "    assert torch.equal(model(*given, return_dict=False)[0], out), name\n"
-        "assert not any(name.startswith('hf_diffusion') for name in sys.modules)\n"
-    )
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=tmp_path, timeout=300)
+    child = """
+        import torch
+        sys.path.insert(0, "")
+        import mlp_points
+        for name, (given, out) in torch.load("expected.pt").items():
+            model = getattr(mlp_points, name).from_pretrained(name)
+            claims[name] = torch.equal(model(*given, return_dict=False)[0], out)
+    """
+    assert run_claims(child, tmp_path, with_package=False) == dict.fromkeys(expected, True)
     for name, (given, out) in expected.items():
         model = AutoModel.from_pretrained(str(tmp_path / name), trust_remote_code=True)
         assert type(model).__name__ == name and torch.equal(model(*given, return_dict=False)[0], out)

@@ -1,6 +1,3 @@
-import subprocess
-import sys
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -15,6 +12,7 @@ from hf_diffusion.models.unet_adm import (
     qkv_attention,
     timestep_embedding,
 )
+from tests.launching import run_claims
 
 
 SMALL = {
@@ -287,17 +285,16 @@ def test_saved_model_loads_in_a_fresh_process(tmp_path):
     model, x = small(num_class_embeds=3, null_class=True), images()
     model.save_pretrained(tmp_path)
     torch.save({"x": x, "output": model(x, 5).sample.detach()}, tmp_path / "expected.pt")
-    script = (
-        "import sys, torch\n"
-        "from hf_diffusion.models.unet_adm import ADMUNet2DModel\n"
-        "model = ADMUNet2DModel.from_pretrained(sys.argv[1])\n"
-        "expected = torch.load(sys.argv[1] + '/expected.pt')\n"
-        "assert model.null_class_id == 3\n"
-        "torch.testing.assert_close(model(expected['x'], 5).sample, expected['output'])\n"
-        "half = ADMUNet2DModel.from_pretrained(sys.argv[1], torch_dtype=torch.bfloat16)\n"
-        "assert half(expected['x'].bfloat16(), 5).sample.dtype == torch.bfloat16\n"
-    )
-    subprocess.run([sys.executable, "-c", script, str(tmp_path)], check=True, timeout=300)
+    child = """
+        import torch
+        from hf_diffusion.models.unet_adm import ADMUNet2DModel
+        model, expected = ADMUNet2DModel.from_pretrained("."), torch.load("expected.pt")
+        claims["null class"] = model.null_class_id
+        torch.testing.assert_close(model(expected["x"], 5).sample, expected["output"])
+        half = ADMUNet2DModel.from_pretrained(".", torch_dtype=torch.bfloat16)
+        claims["half"] = str(half(expected["x"].bfloat16(), 5).sample.dtype)
+    """
+    assert run_claims(child, tmp_path) == {"null class": 3, "half": "torch.bfloat16"}
 
 
 WRONG_SETTINGS = [

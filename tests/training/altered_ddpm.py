@@ -1,10 +1,11 @@
-"""train_ddpm.py with one thing altered, for tests that launch several processes: `altered_ddpm.py ALTERATION FLAGS`.
+"""`altered_ddpm.py ALTERATION FLAGS`: train_ddpm.py with one thing altered, for several processes.
 
 `poisoned`: in step 2 the last image of the last process has an infinite loss.
-`sharded`: accelerate 1.15 shards by FSDP on anything but the CPU (AcceleratorState.__init__ has a list of engines without MULTI_CPU), though torch
-does so over gloo; taking this machine for one with several devices lets everything else be the real thing.
+`sharded`: accelerate 1.15 shards by FSDP on anything but the CPU, though torch does so over gloo:
+AcceleratorState.__init__ has a list of engines without MULTI_CPU. This machine is taken for one
+with several devices; everything else is the real thing.
 `deepspeed`: the same for DeepSpeed, which accelerate leaves out where it is told to use the CPU.
-`limited`: from the third step to the first save, the process may have HEADROOM bytes of memory more than at the third step.
+`limited`: from the third step to the first save, the process may take HEADROOM more bytes.
 """
 
 import os

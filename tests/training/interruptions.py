@@ -23,7 +23,7 @@ def stop_after(patch: pytest.MonkeyPatch, steps: int) -> None:
 
 
 def poison(patch: pytest.MonkeyPatch, calls, rows=None, value: float = torch.inf) -> None:
-    """Give these rows (None: all) of a denoiser's batch an infinite loss at these calls, counted from 0."""
+    """Give these rows (None: all) of a denoiser's batch this loss at these calls, from 0."""
     original, count = DenoisingObjective.values, []
 
     def poisoned(objective, *inputs):

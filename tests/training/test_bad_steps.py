@@ -1,4 +1,4 @@
-"""Steps whose gradient is not finite: what is said of them, and the loss scale of fp16, which neither grows nor shrinks without bound."""
+"""Steps whose gradient is not finite: what is said of them, and the bounds of fp16's loss scale."""
 
 import pytest
 import torch
@@ -55,7 +55,8 @@ def test_images_are_named_by_their_losses_where_all_of_these_are_finite():
     nan = float("nan")
     finite = torch.tensor([[7.0, 0.3, 0.5], [8.0, -1.0, 90.0], [9.0, 0.5, 2.0]])
     assert bad_rows_in_words(finite) == (
-        "every loss is finite, the largest: row 8 (90), row 9 at noise level 0.500 (2), row 7 at noise level 0.300 (0.5)"
+        "every loss is finite, the largest: "
+        "row 8 (90), row 9 at noise level 0.500 (2), row 7 at noise level 0.300 (0.5)"
     )
     many = torch.tensor([[float(row), 0.1, nan] for row in range(20)])
     assert bad_rows_in_words(many).endswith("row 7 at noise level 0.100 (nan) and 12 more")

@@ -1,4 +1,4 @@
-"""`--eval_steps`, `--eval_metrics`, `--eval_split` and `--best_metric` of the training scripts, end to end on the CPU."""
+"""`--eval_steps`, `--eval_metrics`, `--eval_split` and `--best_metric` of training, end to end."""
 
 import json
 import os
@@ -22,7 +22,8 @@ from tests.training.test_train_ddpm import REPO, TINY, assert_same_weights, metr
 
 
 MEASURED = """
-    --split train[:80] --eval_split train[80:120] --max_train_samples none --max_train_steps 6 --eval_steps 2 --logging_steps 2
+    --split train[:80] --eval_split train[80:120] --max_train_samples none
+    --max_train_steps 6 --eval_steps 2 --logging_steps 2
     --eval_metrics fd,kd,pr --eval_num_images 80 --eval_batch_size 32 --seed 3 --best_metric kd
 """.split()
 HELD_OUT = {"eval_loss", *(f"eval_loss_q{quartile}" for quartile in range(4))}
@@ -173,8 +174,9 @@ def test_a_model_whose_samples_are_not_finite_goes_on_training(tmp_path, monkeyp
 
 
 def test_a_gan_is_measured_by_label_accuracy_too(tmp_path):
-    flags = """--dataset_name digits --class_conditional --model_channels 8 --channel_mult 1,2 --num_res_blocks 1 --attention_sizes 4
-        --latent_dim 8 --latent_embed_dim 8 --num_latent_layers 1 --discriminator_channels 8 --time_embed_dim 8 --train_batch_size 8
+    flags = """--dataset_name digits --class_conditional
+        --model_channels 8 --channel_mult 1,2 --num_res_blocks 1 --attention_sizes 4 --latent_dim 8
+        --latent_embed_dim 8 --num_latent_layers 1 --discriminator_channels 8 --time_embed_dim 8 --train_batch_size 8
         --sample_steps none --num_sample_images 10 --max_train_steps 2 --eval_steps 1 --eval_metrics fd,label_accuracy
         --eval_features trained --eval_num_images 70 --best_metric label_accuracy""".split()
     with pytest.MonkeyPatch.context() as patch:
@@ -190,8 +192,16 @@ def test_a_gan_is_measured_by_label_accuracy_too(tmp_path):
 
 
 MISTAKES = {
-    "unmeasured": (["--best_metric", "label_accuracy"], 1, "best_metric label_accuracy is none of what is measured: eval_loss,"),
-    "nothing": (["--eval_split", "none", "--eval_metrics", "none"], 1, "best_metric kd needs something that is measured"),
+    "unmeasured": (
+        ["--best_metric", "label_accuracy"],
+        1,
+        "best_metric label_accuracy is none of what is measured: eval_loss,",
+    ),
+    "nothing": (
+        ["--eval_split", "none", "--eval_metrics", "none"],
+        1,
+        "best_metric kd needs something that is measured",
+    ),
     "too few": (["--eval_num_images", "64"], 1, "raise eval_num_images to 65"),
     "too few real": (["--max_train_samples", "60"], 1, "raise max_train_samples to 65"),
     "unknown": (["--eval_metrics", "fid"], 2, "eval_metrics"),
@@ -217,7 +227,7 @@ def test_settings_of_the_evaluation_are_saved_with_the_run(finished):
     assert saved["eval_metrics"] == ["fd", "kd", "pr"] and saved["best_metric"] == "kd" and saved["eval_steps"] == 2
 
 
-# --- several processes ------------------------------------------------------------------------------------------------------
+# --- several processes ---
 
 
 def start(output_dir: Path, *flags: str) -> subprocess.Popen:
@@ -242,7 +252,7 @@ def test_two_processes_measure_what_one_measures(finished, tmp_path):
 
 @pytest.mark.slow
 def test_sigterm_to_one_of_two_processes_ends_both_in_the_middle_of_an_evaluation(tmp_path):
-    """A million images would take hours; the run is over seconds after the signal, with its checkpoint."""
+    """A million images would take hours; the run ends seconds after the signal, and saves."""
     with start(tmp_path, "--eval_num_images", "1000000") as launched:
         log = tmp_path / "metrics.jsonl"
         deadline = time.monotonic() + 240

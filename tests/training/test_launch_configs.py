@@ -1,4 +1,4 @@
-"""The configurations for `accelerate launch` that are shipped: accelerate reads them, and they say when and how."""
+"""The shipped configurations for `accelerate launch`: each is read, and says when and how."""
 
 import re
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Several processes under `accelerate launch` on the CPU (gloo), and kills: slow, run by .ci/run."""
+"""Several processes under `accelerate launch` on the CPU (gloo), and kills: slow, for .ci/run."""
 
 import os
 import random
@@ -55,7 +55,8 @@ def double(tmp_path_factory) -> Path:
 def assert_same_run(a: Path, b: Path) -> None:
     """The loss curves agree, and so do the networks' answers.
 
-    Not the weights: the bias of the attention's keys has no effect, so Adam moves it by the sign of rounding errors.
+    Not the weights: the bias of the attention's keys has no effect, so Adam moves it by the sign of
+    rounding errors.
     """
     for left, right in zip(metrics(a), metrics(b), strict=True):
         assert left["loss"] == pytest.approx(right["loss"], rel=1e-4), (left, right)
@@ -147,11 +148,12 @@ def test_a_bad_batch_of_one_process_is_skipped_by_all_and_described(tmp_path):
         tmp_path, *STEPS, "--train_batch_size", "8", "--checkpointing_steps", "1", processes=2, script=script
     )
     said = re.findall(
-        r"step 2: the gradient is not finite .*; all processes skip the step; loss not finite: row (\d+) at t (\d+) \(inf\)",
+        r"step 2: the gradient is not finite .*; all processes skip the step; "
+        r"loss not finite: row (\d+) at noise level (\d\.\d+) \(inf\)",
         err,
     )
     assert len(said) == 1, err  # the main process says it, for all
-    assert 0 <= int(said[0][0]) < 64 and 0 <= int(said[0][1]) < 1000
+    assert 0 <= int(said[0][0]) < 64 and 0 <= float(said[0][1]) < 1
     assert [record["skipped"] for record in metrics(tmp_path)] == [0, 1, 1, 1]
     before, after, later = (load_file(f / "model.safetensors") for f in list_checkpoints(tmp_path)[1:4])
     assert_same_weights(before, after)  # step 2, counted from 0, changed nothing
@@ -160,7 +162,7 @@ def test_a_bad_batch_of_one_process_is_skipped_by_all_and_described(tmp_path):
 
 
 def test_processes_that_accelerate_would_not_join_are_refused(tmp_path):
-    """Without a GPU and without ACCELERATE_USE_CPU each of the two would take itself for the only one."""
+    """Without a GPU and ACCELERATE_USE_CPU each of the two would take itself for the only one."""
     if torch.cuda.is_available():
         pytest.skip("here accelerate joins them, on the GPUs")
     env = {name: value for name, value in ENVIRONMENT.items() if name != "ACCELERATE_USE_CPU"}
@@ -171,7 +173,7 @@ def test_processes_that_accelerate_would_not_join_are_refused(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-# --- sharded by FSDP --------------------------------------------------------------------------------------------------------
+# --- sharded by FSDP ---
 
 
 @pytest.fixture(scope="module")
@@ -183,7 +185,7 @@ def sharded(tmp_path_factory) -> Path:
 
 
 def test_shards_on_two_processes_follow_the_run_of_one_whole_network(single, sharded):
-    """The network is that of `single`, whose export is the average: so the average over shards is right, too."""
+    """`single` exports its average, and this network is the same: so the average is right."""
     state = torch.load(sharded / "checkpoint-00000007" / "pytorch_model_fsdp.bin", weights_only=True)
     assert {name: tensor.shape for name, tensor in state.items()} == {n: t.shape for n, t in weights(single).items()}
     assert_same_run(sharded, single)
@@ -222,7 +224,7 @@ def test_the_state_of_one_engine_is_not_taken_for_that_of_another(sharded, tmp_p
         )
 
 
-# --- DeepSpeed --------------------------------------------------------------------------------------------------------------
+# --- DeepSpeed ---
 
 
 @pytest.mark.parametrize(
@@ -238,7 +240,7 @@ def test_zero_2_of_deepspeed_follows_the_run_of_one_process_and_resumes(single, 
     assert_same_weights(weights(tmp_path / "parted"), weights(tmp_path / "whole"), rtol=1e-5, atol=1e-6)
 
 
-# --- signals and kills ------------------------------------------------------------------------------------------------------
+# --- signals and kills ---
 
 
 def wait_for(condition, seconds: float = 240) -> None:
@@ -253,7 +255,7 @@ def children(pid: int) -> list[int]:
 
 
 def signalled(folder: Path, *flags: str, child: int, delay: float = 0) -> tuple[int, str, float]:
-    """Send SIGTERM to one of two processes after the first report; return status, output and the seconds that the end took."""
+    """Send SIGTERM to one of two processes after the first report; status, output and seconds."""
     words = command(folder, *flags, "--train_batch_size", "8", "--checkpointing_steps", "100000", processes=2)
     with subprocess.Popen(
         words, cwd=REPO, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
@@ -289,14 +291,17 @@ def test_sigterm_is_heard_while_the_main_process_draws_samples_and_the_other_wai
     status, out, seconds = signalled(tmp_path, "--max_train_steps", "9", *long, child=1, delay=2)
     assert status == 0 and seconds < 30, (seconds, out)
     assert "stopped by a signal at step 1 of 9, everything is saved" in out
-    assert not list((tmp_path / "samples").iterdir()) and (tmp_path / "checkpoint-00000001").is_dir()
+    assert not list((tmp_path / "samples").glob("*")) and (tmp_path / "checkpoint-00000001").is_dir()
 
 
 KILLS = 20
 
 
 def test_kill_9_at_twenty_random_moments_loses_nothing_that_was_saved(tmp_path):
-    """Every restart with `latest` goes on from a whole checkpoint, and each run ends with the very weights of the uninterrupted one."""
+    """Every restart with `latest` goes on from a whole checkpoint.
+
+    Each run ends with the very weights of the uninterrupted one.
+    """
     rng = random.Random(0)
     flags = [*TINY, "--max_train_steps", "30", "--checkpointing_steps", "1", "--checkpoints_total_limit", "2"]
 

@@ -1,4 +1,4 @@
-"""Checkpoints that cannot be written, and those of another run: what is kept, what is said, what may change."""
+"""Checkpoints that cannot be written, or are of another run: what is kept, said, and may change."""
 
 import errno
 import json
@@ -11,7 +11,7 @@ import accelerate.utils.other
 import pytest
 import torch
 
-from hf_diffusion.loop import checkpoints, trainer
+from hf_diffusion.loop import checkpoints, continuation, trainer
 from hf_diffusion.loop.checkpoints import BadCheckpoint, latest_checkpoint, list_checkpoints, read_manifest
 from tests.training.test_train_ddpm import assert_same_weights, run, weights
 
@@ -50,14 +50,14 @@ FULL_DISKS = {
 
 def at_step(patch: pytest.MonkeyPatch, step: int, act: Callable) -> None:
     """Call `act(patch)` before the checkpoint of a step is written."""
-    save = trainer.save_checkpoint
+    save = continuation.save_checkpoint
 
     def save_checkpoint(accelerator, output_dir, now, *rest):
         if now == step:
             act(patch)
         return save(accelerator, output_dir, now, *rest)
 
-    patch.setattr(trainer, "save_checkpoint", save_checkpoint)
+    patch.setattr(continuation, "save_checkpoint", save_checkpoint)
 
 
 @pytest.mark.parametrize("disk", FULL_DISKS)

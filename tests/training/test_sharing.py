@@ -1,4 +1,4 @@
-"""Training with `--push_to_hub` against a Hub on loopback: what is pushed, what an outage does, and going on from the Hub."""
+"""Training with `--push_to_hub` against a Hub on loopback: pushes, outages, going on from there."""
 
 import hashlib
 import json
@@ -18,7 +18,7 @@ from hf_diffusion.loop import sharing
 from hf_diffusion.loop.checkpoints import BadCheckpoint
 from hf_diffusion.training import train_classifier, train_ddgan, train_ddpm
 from tests.hub.test_push import connect
-from tests.pipelines.fresh_process import run_child
+from tests.launching import run_claims
 from tests.training.interruptions import stop_after
 from tests.training.test_train_ddpm import TINY, assert_same_weights, weights
 
@@ -145,12 +145,12 @@ def test_both_forms_of_use_on_a_pushed_card_work_as_pasted_into_a_new_process(ap
     run(tmp_path / "run", repo, "--hub_license", "cc-by-4.0")
     card = Path(api.hf_hub_download(repo, "README.md", local_dir=tmp_path / "there"))
     assert metadata_load(card)["license"] == "cc-by-4.0"
-    seen = []
-    for package, code in zip(("absent", "present"), python_blocks(card)):
+    sums = []
+    for package, code in zip((False, True), python_blocks(card), strict=True):
         assert f'"{repo}"' in code and 'revision="step-00000005"' in code
-        code += "\nseen['sums'] = [int(np.asarray(image, dtype=int).sum()) for image in images]"
-        seen.append(run_child(code, tmp_path, api.server.env("hf_alice_read", home=tmp_path / package), package))
-    assert seen[0] == seen[1] and len(set(seen[0]["sums"])) == 4
+        code += "\nimport numpy\nclaims['sums'] = [int(numpy.asarray(image, int).sum()) for image in images]"
+        sums.append(run_claims(code, env=api.server.env("hf_alice_read"), with_package=package)["sums"])
+    assert sums[0] == sums[1] and len(set(sums[0])) == 4
 
 
 SMALL = ["--dataset_name", "digits", "--max_train_samples", "64", "--channel_mult", "1,2", "--num_res_blocks", "1"]

@@ -1,6 +1,7 @@
-"""The study's commands are ones that the scripts and `hf-diffusion evaluate` take; its report says what was measured.
+"""The study's commands are ones that the scripts take; its report says what was measured.
 
-The trainings themselves take hours: here the commands are caught, parsed by their real parsers, and answered with made-up measures.
+The trainings themselves take hours. Here the commands are caught, parsed by their real parsers, and
+answered with made-up measures.
 """
 
 import itertools
@@ -22,8 +23,16 @@ from hf_diffusion.training.train_ddpm import DDPMConfig
 CONFIGS = {"train_ddpm.py": DDPMConfig, "train_classifier.py": ClassifierConfig, "train_ddgan.py": DDGANConfig}
 
 
+SCHEDULERS = {
+    None: "DDIMEtaScheduler",
+    "ddpm": "LinearDDPMScheduler",
+    "unipc": "UniPCMultistepScheduler",
+    "dpm++": "DPMSolverMultistepScheduler",
+}
+
+
 class Machine:
-    """Stands for the processes that the study starts: trainings leave a card, evaluations what their settings ask for."""
+    """Stands for the study's processes: trainings leave a card, evaluations what is asked for."""
 
     def __init__(self):
         self.trained: list[tuple[str, object]] = []
@@ -51,7 +60,7 @@ class Machine:
             free = setting.get("guidance") != "classifier"
             sampling = {
                 "pipeline": "ClassifierFreeGuidancePipeline" if free else "ClassifierGuidancePipeline",
-                "sampler": "DDIMEtaScheduler",
+                "sampler": SCHEDULERS[args.scheduler],
                 "sampler_config": {"num_train_timesteps": 4},
                 "options": {"num_inference_steps": steps, "guidance_scale": setting.get("guidance_scale", 1.0)},
             }
@@ -105,9 +114,26 @@ def test_long_chains_draw_fewer_images_and_say_so(machine, tmp_path):
     run(tmp_path, "ddpm", "--network_calls", "3000000")
     counts = {args.output_dir.name: args.num_images for args in machine.evaluated}
     chains = {"ddpm_50": 10_000, "ddpm_300": 10_000, "ddpm_1000": 3000}
-    assert counts == {"ddim": 10_000, "ddim_4": 10_000, **chains}
+    assert counts == {"ddim": 10_000, "ddim_4": 10_000, "unipc": 10_000, "dpmpp": 10_000, **chains}
     rows = json.loads((tmp_path / "cpu" / "study.json").read_text())
     assert {r["network_calls"]: r["images"] for r in rows}[1000] == 3000
+
+
+def test_untrained_solvers_stand_in_the_table_at_the_same_few_calls_and_images_as_the_gans(machine, tmp_path):
+    run(tmp_path, "ddpm", "--network_calls", "50000")
+    rows = json.loads((tmp_path / "cpu" / "study.json").read_text())
+    for sampler in ("UniPC", "DPM++ 2M"):
+        found = [(r["network_calls"], r["images"]) for r in rows if r["sampler"] == sampler]
+        assert found == [(calls, 10_000) for calls in (2, 3, 4, 5, 8, 10, 20)]
+    assert "| ddpm | UniPC |  | 4 | 10,000 |" in (tmp_path / "cpu" / "study.md").read_text()
+
+
+def test_no_line_of_the_figure_joins_distances_from_different_numbers_of_images(machine, tmp_path):
+    run(tmp_path, "ddpm", "--network_calls", "1000000")
+    rows = json.loads((tmp_path / "cpu" / "study.json").read_text())
+    lines = study.lines_of(rows)
+    assert all(len({r["images"] for r in line}) == 1 for line in lines.values())
+    assert sum(map(len, lines.values())) == len(rows) and "DDPM, N 1,000" in lines and "DDPM, N 10,000" in lines
 
 
 def test_the_report_counts_two_network_calls_for_a_step_of_classifier_free_guidance(machine, tmp_path):

@@ -1,4 +1,4 @@
-"""train_classifier.py end to end on the CPU: what a run leaves, exact resume, several processes, and guidance by what it trained."""
+"""train_classifier.py end to end: what a run leaves, exact resume, processes, guidance by it."""
 
 import json
 import subprocess
@@ -24,7 +24,8 @@ from tests.training.interruptions import stop_after
 
 REPO = Path(__file__).resolve().parents[2]
 TINY = """
-    --dataset_name digits --split train[:64] --eval_split train[64:100] --model_channels 8 --norm_num_groups 4 --num_head_channels 8
+    --dataset_name digits --split train[:64] --eval_split train[64:100]
+    --model_channels 8 --norm_num_groups 4 --num_head_channels 8
     --channel_mult 1,2 --num_res_blocks 1 --train_batch_size 8 --logging_steps 2 --eval_steps 2 --checkpointing_steps 2
     --learning_rate 0.01 --ema_max_decay 0.9 --max_train_steps 4
 """.split()
@@ -135,7 +136,8 @@ def test_two_processes_train_the_classifier_that_one_trains(finished, tmp_path):
         assert of_two.keys() == of_one.keys()
         for name in of_one.keys() & {"loss", "grad_norm", "eval_loss_q0", "eval_loss_q3"}:
             assert of_two[name] == pytest.approx(of_one[name], rel=1e-3), (name, of_two, of_one)
-    # Answers, not weights: the bias of the attention's keys has no effect, so Adam moves it by the sign of its rounding errors.
+    # Answers, not weights: the bias of the attention's keys has no effect,
+    # so Adam moves it by the sign of its rounding errors.
     x = torch.randn(16, 1, 8, 8, generator=torch.Generator().manual_seed(0))
     answers = [ADMClassifier.from_pretrained(folder)(x, 300).logits for folder in (tmp_path / "two", finished)]
     torch.testing.assert_close(*answers, rtol=1e-3, atol=1e-3)
@@ -156,7 +158,10 @@ def test_wrong_settings_end_in_one_sentence(tmp_path, flags, message):
 
 @pytest.mark.slow
 def test_guidance_makes_an_unconditional_model_of_digits_draw_the_digits_asked_for(tmp_path):
-    """A judge that is neither network: with seed 0 of 800 and 600 steps it named 10 %, 84 % and 98 % right at scale 0, 1 and 2."""
+    """The judge is neither network.
+
+    With seed 0 of 800 and 600 steps it named 10 %, 84 % and 98 % right at scale 0, 1 and 2.
+    """
     recipes, model, classifier = REPO / "training" / "recipes", tmp_path / "model", tmp_path / "classifier"
     train_ddpm.main(
         ["--config", str(recipes / "digits.yaml"), "--output_dir", str(model), "--no-class_conditional"]
