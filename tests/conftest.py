@@ -11,6 +11,10 @@ from tests.launching import forget_accelerate
 
 
 HAS_CUDA = torch.cuda.is_available()
+# Small networks gain nothing from a second thread, sums over more threads round otherwise, and
+# accelerate changes the number where the variable is not set.
+os.environ["OMP_NUM_THREADS"] = "1"
+torch.set_num_threads(1)
 # What tests and the processes that they start see of the device, unless they are marked `gpu`.
 ON_CPU = {"ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": ""}
 

@@ -86,6 +86,9 @@ def live(script: str, cwd: str, env: dict[str, str], paths: list[str], seconds: 
     os.chdir(cwd)
     os.environ.clear()
     os.environ.update(env)
+    # torch read the variable when the nursery imported it
+    if "OMP_NUM_THREADS" in env:
+        sys.modules["torch"].set_num_threads(int(env["OMP_NUM_THREADS"]))
     sys.path[:0], sys.argv = paths, [script]
     with open(output, "w") as file, open(os.devnull) as nothing:
         for stream, target in enumerate((nothing, file, file)):
