@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hf_diffusion.losses.discrete import cross_entropy
 from hf_diffusion.schedulers.scheduling_masked import over_tokens, uniform_posterior
 
 
@@ -42,8 +43,9 @@ def per_token(losses: Tensor, counted: Tensor | None = None) -> Tensor:
 def masked_loss(scheduler: Any, logits: Tensor, x_0: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
     """The bound of MDLM in continuous time: cross entropy of masked tokens by `loss_weight`."""
     is_masked = x_t == scheduler.mask_token_id
-    found = nll(scheduler.x_0_log_probs(logits, x_t), x_0)
-    # a token that is known costs nothing, also where the data were not what is seen
+    mask = torch.arange(logits.shape[-1], device=logits.device) == scheduler.mask_token_id
+    # as `x_0_log_probs`, without its probabilities of what is known, which cost nothing
+    found = cross_entropy(logits.masked_fill(mask, -math.inf), x_0)
     return over_tokens(scheduler.loss_weight(t), found).to(found) * torch.where(is_masked, found, 0.0)
 
 

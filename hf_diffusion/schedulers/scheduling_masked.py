@@ -286,6 +286,50 @@ class MDLMScheduler(SchedulerMixin, ConfigMixin):
         return sample
 
 
+class UDLMScheduler(MDLMScheduler, SchedulerMixin):
+    """The process of tokens that become any others in continuous time, and its sampler (UDLM).
+
+    Of the arguments, those of the mask have no part in it: `num_classes` are the tokens alone.
+    """
+
+    def sample_prior(self, uniform: Tensor) -> Tensor:
+        """Tokens (B, L) at time 1 by uniform numbers (B, L) in [0, 1)."""
+        return (uniform.double() * self.config.num_classes).long().clamp(max=self.config.num_classes - 1)
+
+    def step(
+        self,
+        model_output: Tensor,
+        timestep: float,
+        sample: Tensor,
+        generator: Generators = None,
+        noise: Tensor | None = None,
+        unconditional: Tensor | None = None,
+        guidance_scale: float = 1.0,
+        fixed: Tensor | None = None,
+        return_dict: bool = True,
+    ) -> MDLMSchedulerOutput | tuple[Tensor, Tensor | None]:
+        """The tokens one step later, from the network's logits (B, L, V) of x_0.
+
+        unconditional: logits without the class, which `guidance_scale` leads away from, by the
+        posteriors of the two. noise and fixed: as for MDLM.
+        """
+        t = float(timestep)
+        alpha_t, alpha_s = self.alpha(torch.tensor([t, t - self.step_size])).tolist()
+        weights = uniform_posterior(model_output.double().softmax(dim=-1), sample, alpha_t, alpha_s)
+        if unconditional is not None:
+            without = uniform_posterior(unconditional.double().softmax(dim=-1), sample, alpha_t, alpha_s)
+            weights = guided(weights, without, guidance_scale)
+        if noise is None:
+            noise = uniform_numbers(weights.shape, generator, weights.device)
+        drawn = draw_tokens(weights, noise)
+        drawn = drawn if fixed is None else torch.where(fixed, sample, drawn)
+        return MDLMSchedulerOutput(drawn) if return_dict else (drawn, None)
+
+    def finish(self, model_output: Tensor, sample: Tensor) -> Tensor:
+        """The tokens as they are: at the last time none is noise."""
+        return sample
+
+
 def uniform_numbers(shape: Sequence[int], generator: Generators, device: torch.device) -> Tensor:
     """Numbers float64 in [0, 1) on a device; with a list, each generator draws one row."""
     if isinstance(generator, list):
