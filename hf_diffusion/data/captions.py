@@ -1,0 +1,147 @@
+"""Captions of images: one or several of each, of a column or made of class names by templates."""
+
+import hashlib
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Protocol
+
+import datasets
+import numpy as np
+from torch import Tensor
+
+from hf_diffusion.data.augmentation import CAPTION, draws
+from hf_diffusion.data.errors import BadData
+from hf_diffusion.data.listing import counted
+from hf_diffusion.data.selection import evenly_spaced
+
+
+# Columns that are taken for captions without being asked for, the first one that is there.
+USUAL_COLUMNS = ("text", "caption", "captions", "prompt")
+# Where a template has the name of the class.
+PLACE = "{}"
+SHOWN = 3
+
+
+class CaptionCoder(Protocol):
+    """Makes conditions of a network from texts: numbers of tokens, or embeddings."""
+
+    def rows_of(self, texts: Sequence[str]) -> Callable[[Tensor], dict[str, Tensor]]:
+        """A function from numbers of texts, int64 (B,), to conditions by the network's names."""
+
+
+class Captions:
+    """Which captions each image has, of `texts`, all the different ones in order of appearance.
+
+    texts[0] is "", what an image without a caption has. `numbers` int64 are the captions of all
+    images, one image after the other. Those of image i begin at `starts[i]`.
+    """
+
+    def __init__(self, of_each: Iterable[Sequence[str]], seed: int = 0):
+        known, numbers, counts = {"": 0}, [], []
+        for captions in of_each:
+            own = list(dict.fromkeys(text for text in captions if text))
+            numbers += [known.setdefault(text, len(known)) for text in own or [""]]
+            counts.append(len(own) or 1)
+        self.texts, self.seed = list(known), seed
+        self.numbers, self.counts = np.array(numbers, np.int64), np.array(counts, np.int64)
+        self.starts = np.cumsum(self.counts) - self.counts
+
+    def choose(self, epochs: np.ndarray, indices: np.ndarray) -> np.ndarray:
+        """The number of the caption that each image has in an epoch, drawn anew in each."""
+        chosen = draws(self.seed, epochs, indices, CAPTION) * self.counts[indices]
+        return self.numbers[self.starts[indices] + chosen.astype(np.int64)]
+
+    @property
+    def missing(self) -> list[int]:
+        """The images without any caption."""
+        return np.flatnonzero(self.numbers[self.starts] == 0).tolist()
+
+    def digest(self) -> bytes:
+        """Tells other captions apart."""
+        digest = hashlib.sha256("\n".join(self.texts).encode())
+        for part in (self.numbers, self.counts):
+            digest.update(part.tobytes())
+        return digest.digest()
+
+    def describe(self) -> dict[str, Any]:
+        """What a card and a dry run tell: how many there are, and the first of them."""
+        most, least = int(self.counts.max()), int(self.counts.min())
+        return {
+            "images_with_a_caption": len(self.counts) - len(self.missing),
+            "different_captions": len(self.texts) - 1,
+            "captions_an_image": str(most) if most == least else f"{least} to {most}",
+            "examples": self.examples(SHOWN),
+        }
+
+    def examples(self, count: int) -> list[str]:
+        """Evenly spaced ones of the different captions."""
+        return [self.texts[1 + place] for place in evenly_spaced(len(self.texts) - 1, count)]
+
+
+def captions_of_classes(
+    templates: Sequence[str], class_names: Sequence[str], labels: np.ndarray, seed: int
+) -> Captions:
+    """Every image has a caption of each template, with the name of its class.
+
+    ValueError for a template without the place of the name.
+    """
+    check_templates(templates)
+    by_class = [[template.replace(PLACE, name) for template in templates] for name in class_names]
+    return Captions((by_class[label] for label in labels.tolist()), seed)
+
+
+def check_templates(templates: Sequence[str]) -> None:
+    """ValueError for a template that does not have one place for the name of a class."""
+    for template in templates:
+        if template.count(PLACE) != 1:
+            raise ValueError(
+                f"caption_template {template!r} has {template.count(PLACE)} places for the name of the class; "
+                f"write {PLACE} once, as in 'a photo of a {PLACE}'"
+            )
+
+
+def find_caption_column(features: datasets.Features, asked: str | None) -> str:
+    """The column of texts, or of lists of texts; ValueError where there is none."""
+    fitting = [name for name, feature in features.items() if _holds_texts(feature)]
+    found = asked or next((name for name in USUAL_COLUMNS if name in fitting), None)
+    if found in fitting:
+        return found
+    choice = f"choose from {', '.join(fitting)}" if fitting else "no column of it holds texts"
+    if asked is None:
+        raise ValueError(
+            f"there are no captions: the data have none of the columns {', '.join(USUAL_COLUMNS)}; name one by "
+            f"--caption_column ({choice}), or make captions of class names by "
+            f"--caption_template 'a photo of a {PLACE}'"
+        )
+    what = f"is of type {features[asked]}, not of texts" if asked in features else "is not in the data set"
+    raise ValueError(f"caption_column {asked!r} {what}; {choice}")
+
+
+def read_captions(dataset: datasets.Dataset, column: str, rows: np.ndarray, seed: int) -> Captions:
+    """The captions of these rows; BadData where no row has any."""
+    texts = dataset.select_columns([column]).with_format("arrow")
+    values = texts[:][column].to_pylist() if len(rows) == len(dataset) else texts[rows.tolist()][column].to_pylist()
+    captions = Captions((_texts_of(value) for value in values), seed)
+    if len(captions.texts) == 1:
+        raise BadData(f"column {column!r} has no text in any of {len(values):,} rows; choose another --caption_column")
+    return captions
+
+
+def missing_remark(captions: Captions, name_of: Callable[[int], str]) -> list[str]:
+    """How many images have no caption, and which; nothing where all have."""
+    if not captions.missing:
+        return []
+    missing = [name_of(index) for index in captions.missing[: SHOWN + 1]]
+    missing += [""] * (len(captions.missing) - len(missing))
+    return [f"no caption: {counted(missing, 'image')}, trained without a text"]
+
+
+def _texts_of(value: Any) -> list[str]:
+    values = value if isinstance(value, list) else [value]
+    # A .csv may have made numbers of captions.
+    return [str(text).strip() for text in values if text is not None]
+
+
+def _holds_texts(feature: Any) -> bool:
+    if isinstance(feature, (datasets.List, list)):
+        feature = feature[0] if isinstance(feature, list) else feature.feature
+    return isinstance(feature, datasets.Value) and feature.dtype in ("string", "large_string", "int64")

@@ -1,0 +1,219 @@
+"""Captions of images: where they come from, which one an image has, what networks get of them."""
+
+import json
+import logging
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from transformers import (
+    AutoTokenizer,
+    BertConfig,
+    BertModel,
+    CLIPConfig,
+    CLIPModel,
+    SiglipTextConfig,
+    SiglipTextModel,
+    T5Config,
+    T5Model,
+)
+
+from hf_diffusion.data import caption_coders
+from hf_diffusion.data.caption_coders import EmbeddingCoder, TokenCoder, fitting_length, train_tokenizer
+from hf_diffusion.data.captions import Captions
+from hf_diffusion.data.loading import load_data
+from hf_diffusion.data.splits import load_unaugmented
+from hf_diffusion.losses.captioned import encode_text
+from tests.data.making import noise_image, parquet_of, png
+
+
+TEXTS = ["a red square", "the blue sea, at noon", "", "a dog"]
+
+
+def folder_with(root, captions: list, form: str = "jsonl"):
+    for number in range(len(captions)):
+        noise_image(number).save(root / f"{number}.png")
+    rows = [{"file_name": f"{number}.png", "text": caption} for number, caption in enumerate(captions)]
+    if form == "jsonl":
+        (root / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    else:
+        (root / "metadata.csv").write_text(
+            "file_name,text\n" + "".join(f"{i}.png,{c}\n" for i, c in enumerate(captions))
+        )
+    return root
+
+
+def caption_of(data, index: int, epoch: int = 0) -> str:
+    return data.captions.texts[int(data.fetch([index], epoch)["captions"][0])]
+
+
+def test_a_file_beside_the_images_and_a_parquet_column_say_the_same(tmp_path):
+    for name in ("jsonl", "csv"):
+        (tmp_path / name).mkdir()
+    images = [{"bytes": png(noise_image(seed)), "path": None} for seed in range(3)]
+    captions = ["a cat", "two dogs", "3"]
+    columns = {"image": datasets.Image(), "words": datasets.Value("string")}
+    table = parquet_of(tmp_path / "table.parquet", {"image": images, "words": captions}, columns)
+    found = [
+        load_data(train_data_dir=str(folder_with(tmp_path / "jsonl", captions)), captioned=True),
+        load_data(train_data_dir=str(folder_with(tmp_path / "csv", captions, "csv")), captioned=True),
+        load_data(train_data_dir=str(table), captioned=True, caption_column="words"),
+    ]
+    for data in found:
+        assert [caption_of(data, index) for index in range(3)] == captions
+    assert len({data.captions.digest() for data in found}) == 1
+
+
+def test_each_of_several_captions_is_drawn_anew_in_an_epoch_and_equally_often(tmp_path):
+    data = load_data(train_data_dir=str(folder_with(tmp_path, [["a", "b", "c"], ["d"], ["e", "f"]])), captioned=True)
+    drawn = [[caption_of(data, index, epoch) for index in range(3)] for epoch in range(600)]
+    again = data.captions.choose(np.arange(600), np.zeros(600, np.int64))
+    assert [data.captions.texts[number] for number in again] == [row[0] for row in drawn]
+    for name in "abc":
+        # five deviations of a binomial of 600 draws
+        assert abs(sum(row[0] == name for row in drawn) - 200) < 5 * (600 * 2 / 9) ** 0.5
+    assert {row[1] for row in drawn} == {"d"} and {row[2] for row in drawn} == {"e", "f"}
+    other = Captions([["a", "b", "c"]] * 600, seed=1).choose(np.zeros(600, np.int64), np.arange(600))
+    mine = Captions([["a", "b", "c"]] * 600, seed=0).choose(np.zeros(600, np.int64), np.arange(600))
+    assert 0.2 < (other == mine).mean() < 0.47
+
+
+def test_images_without_a_caption_are_counted_and_named(tmp_path, caplog):
+    captions = ["a cat", None, " ", "a dog", "a cat"]
+    data = load_data(train_data_dir=str(folder_with(tmp_path, captions)), captioned=True)
+    assert caption_of(data, 1) == caption_of(data, 2) == ""
+    assert "no caption: 2 images (1.png (row 1), 2.png (row 2)), trained without a text" in caplog.text
+    described = data.describe()["captions"]
+    assert described["images_with_a_caption"] == 3 and described["examples"] == ["a cat", "a dog"]
+    assert "3 of 5 images have some, 1 each, 2 different ones, as 'a cat', 'a dog'" in data.summary()["captions"]
+
+
+def test_templates_make_captions_of_class_names():
+    data = load_data("digits", captioned=True, caption_templates=("the digit {}", "a {}"), max_train_samples=50)
+    for index in (0, 7, 33):
+        name = data.class_names[data.labels[index]]
+        assert {caption_of(data, index, epoch) for epoch in range(20)} == {f"the digit {name}", f"a {name}"}
+    other = load_data("digits", captioned=True, caption_templates=("the digit {}",), max_train_samples=50)
+    assert other.fingerprint != data.fingerprint
+
+
+@pytest.mark.parametrize(
+    "options, sentence",
+    [
+        ({}, "there are no captions: the data have none of the columns text, caption, captions, prompt; name one by"),
+        ({"caption_column": "words"}, "caption_column 'words' is not in the data set; no column of it holds texts"),
+        ({"caption_column": "label"}, "caption_column 'label' is of type ClassLabel"),
+        ({"caption_templates": ("a photo",)}, "'a photo' has 0 places for the name of the class; write {} once"),
+        ({"caption_templates": ("a {}",), "label_column": "none"}, "digits has no classes; name their column by"),
+        ({"caption_templates": ("a {}",), "streaming": True}, "leave --streaming out"),
+    ],
+)
+def test_captions_that_cannot_be_are_met_by_a_sentence(options, sentence):
+    with pytest.raises(ValueError) as raised:
+        load_data("digits", captioned=True, **options)
+    assert sentence in str(raised.value)
+
+
+def test_a_column_without_any_text_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="has no text in any of 2 rows; choose another --caption_column"):
+        load_data(train_data_dir=str(folder_with(tmp_path, ["", " "], "jsonl")), captioned=True)
+
+
+# --- what networks get ---
+
+
+def test_the_tokenizer_of_captions_writes_any_text_and_gives_it_back():
+    tokenizer = train_tokenizer(TEXTS, 300, length=32)
+    for text in ("a red dog", "ß und 水 😀"):
+        assert tokenizer.decode(tokenizer(text)["input_ids"], skip_special_tokens=True).strip() == text
+    assert tokenizer("A RED dog")["input_ids"] == tokenizer("a red dog")["input_ids"]
+    again = train_tokenizer(TEXTS, 300, length=32)
+    assert TokenCoder(again, 8).fingerprint == TokenCoder(tokenizer, 8).fingerprint
+
+
+def test_tokens_are_padded_to_one_length_and_what_is_cut_is_told(caplog):
+    tokenizer = train_tokenizer(TEXTS, 300, length=32)
+    length = fitting_length(tokenizer, TEXTS, 32)
+    assert length % 8 == 0 and not caplog.text
+    rows = TokenCoder(tokenizer, length).rows_of(TEXTS)(torch.tensor([2, 1, 1]))
+    assert rows["input_ids"].shape == (3, length) and torch.equal(rows["input_ids"][1], rows["input_ids"][2])
+    # the empty text is a beginning and an end
+    assert rows["attention_mask"].sum(1).tolist()[0] == 2
+    with caplog.at_level(logging.WARNING):
+        assert fitting_length(tokenizer, TEXTS, 4) == 4
+    assert "different captions have more than 4 tokens and are cut, such as" in caplog.text
+
+
+def make_encoder(kind: str, folder, vocabulary: int):
+    """A tiny model of transformers as it lies in a repository, with a tokenizer."""
+    torch.manual_seed(0)
+    small = {"vocab_size": vocabulary, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    small |= {"intermediate_size": 16, "max_position_embeddings": 32}
+    model = {
+        "bert": lambda: BertModel(BertConfig(**small)),
+        "clip": lambda: CLIPModel(
+            CLIPConfig(
+                text_config={**small, "eos_token_id": 1},
+                vision_config={"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
+                               "image_size": 8, "patch_size": 4, "intermediate_size": 16},
+            )
+        ),
+        "siglip": lambda: SiglipTextModel(SiglipTextConfig(**small)),
+        "t5": lambda: T5Model(T5Config(vocab_size=vocabulary, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2)),
+    }[kind]()  # fmt: skip
+    model.save_pretrained(folder)
+    train_tokenizer(TEXTS, vocabulary, length=32).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("kind", ["bert", "clip", "siglip", "t5"])
+def test_any_text_model_is_computed_once_and_its_embeddings_are_kept(kind, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_DIFFUSION_CACHE", str(tmp_path / "cache"))
+    source = str(make_encoder(kind, tmp_path / "encoder", 300))
+    coder = EmbeddingCoder(source, 16)
+    numbers = torch.tensor([3, 1, 2])
+    rows = coder.rows_of(TEXTS)(numbers)
+    # what the pipeline computes from the text itself
+    tokenizer, encoder = AutoTokenizer.from_pretrained(source), caption_coders.load_text_encoder(source)
+    tokens = tokenizer([TEXTS[n] for n in numbers], padding="max_length", max_length=16, return_tensors="pt")
+    with torch.no_grad():
+        states, mean = encode_text(encoder, tokens["input_ids"], tokens["attention_mask"])
+    # of the 11 bits that float16 has
+    torch.testing.assert_close(rows["encoder_hidden_states"], states, rtol=2e-3, atol=2e-3)
+    torch.testing.assert_close(rows["class_labels"], mean, rtol=2e-3, atol=2e-3)
+    assert states.std() > 0.01 and not states[2, 2:].any()
+
+    def refuse(_):
+        raise AssertionError("the encoder was loaded again")
+
+    monkeypatch.setattr(caption_coders, "load_text_encoder", refuse)
+    again = EmbeddingCoder(source, 16).rows_of(TEXTS)(numbers)
+    assert all(torch.equal(again[name], rows[name]) for name in rows)
+    with pytest.raises(AssertionError, match="loaded again"):
+        EmbeddingCoder(source, 16).rows_of([*TEXTS, "one more"])
+
+
+def test_another_encoder_has_another_fingerprint(tmp_path):
+    one, other = (make_encoder("bert", tmp_path / name, 300) for name in ("one", "other"))
+    assert caption_coders.encoder_fingerprint(str(one)) == caption_coders.encoder_fingerprint(str(other))
+    torch.manual_seed(1)
+    BertModel(BertModel.from_pretrained(other).config).save_pretrained(other)
+    assert caption_coders.encoder_fingerprint(str(one)) != caption_coders.encoder_fingerprint(str(other))
+
+
+def test_what_is_no_text_model_is_met_by_a_sentence(tmp_path):
+    with pytest.raises(ValueError, match="text_encoder .* cannot be opened: .*; give the folder or Hub id of a text"):
+        caption_coders.load_text_encoder(str(tmp_path))
+
+
+def test_held_out_images_get_conditions_by_the_same_coder():
+    arguments = {"dataset_name": "digits", "captioned": True, "caption_templates": ("the digit {}",)}
+    data = load_data(**arguments, split="train[:80%]", max_train_samples=30)
+    tokenizer = train_tokenizer(data.captions.texts, 300, length=8)
+    data.encode_captions(TokenCoder(tokenizer, 8))
+    held_out = load_unaugmented({**arguments, "split": "train[:80%]"}, data, "train[80%:]")
+    batch = held_out.fetch([0, 1], 0)
+    expected = [f"the digit {held_out.class_names[label]}" for label in batch["labels"]]
+    tokens = tokenizer(expected, padding="max_length", max_length=8, return_tensors="pt")
+    assert torch.equal(batch["input_ids"], tokens["input_ids"])
