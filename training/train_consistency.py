@@ -19,29 +19,30 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-import torch
 from accelerate import Accelerator
 from torch import nn
 
+from hf_diffusion.config.denoiser_options import DenoiserOptions
 from hf_diffusion.config.options import option
 from hf_diffusion.config.run_options import TrainingConfig
-from hf_diffusion.config.shared_options import ClassOptions, DataOptions, MeasureOptions, UNetOptions
+from hf_diffusion.config.shared_options import ClassOptions, DataOptions, MeasureOptions
 from hf_diffusion.data.points import SHAPES
 from hf_diffusion.data.protocol import TrainingData
 from hf_diffusion.loop.engines import DATA_PARALLEL, parallelism
 from hf_diffusion.loop.generative import generative_trainer
+from hf_diffusion.loop.networks import new_denoiser
 from hf_diffusion.loop.start import run
 from hf_diffusion.loop.trained_denoiser import trained_denoiser
 from hf_diffusion.loop.trainer import Trainer
 from hf_diffusion.losses.consistency_objective import ConsistencyObjective, ConsistencyOptions
-from hf_diffusion.models.mlp_points import PointDenoiser
-from hf_diffusion.models.unet_adm import ADMUNet2DModel
 from hf_diffusion.pipelines.pipeline_consistency import ConsistencyPipeline
 from hf_diffusion.schedulers.scheduling_consistency import ConsistencyScheduler
 
 
 @dataclass(kw_only=True)
-class ConsistencyConfig(MeasureOptions, UNetOptions, ConsistencyOptions, ClassOptions, TrainingConfig, DataOptions):
+class ConsistencyConfig(
+    MeasureOptions, DenoiserOptions, ConsistencyOptions, ClassOptions, TrainingConfig, DataOptions
+):
     """Train a consistency model on images or points, with or without classes."""
 
     method: ClassVar[str] = "consistency"
@@ -51,8 +52,8 @@ class ConsistencyConfig(MeasureOptions, UNetOptions, ConsistencyOptions, ClassOp
     init_from: str | None = option(
         None,
         "start from the network of this pipeline, a folder or Hub id: its shape then replaces the network's options",
-        group="network",
         tied=False,
+        often=True,
     )
     num_inference_steps: int = option(
         2, "steps of the sample grids and of eval_metrics", at_least=1, group="sampling", tied=None
@@ -71,7 +72,8 @@ class ConsistencyConfig(MeasureOptions, UNetOptions, ConsistencyOptions, ClassOp
             "geng2025consistency": self.objective == "tuning",
             "karras2022elucidating": True,
             # The U-Net, which points do without.
-            "dhariwal2021diffusion": self.dataset_name not in SHAPES,
+            "dhariwal2021diffusion": self.network == "adm" and self.dataset_name not in SHAPES,
+            "li2025back": self.network == "transformer",
             "ho2022classifier": self.class_conditional and self.label_dropout > 0,
         }
         return tuple(paper for paper, is_used in used.items() if is_used)
@@ -86,14 +88,7 @@ def build_network(config: ConsistencyConfig, data: TrainingData) -> tuple[nn.Mod
     """
     if config.init_from is not None:
         return trained_denoiser(config, data)
-    classes = config.num_class_embeds(data)
-    knowledge = {"num_class_embeds": classes, "null_class": classes is not None and config.label_dropout > 0}
-    torch.manual_seed(config.seed)
-    process = {"sigma_data": config.sigma_data}
-    if data.kind == "points":
-        return PointDenoiser(**config.mlp_shape(data.sample_shape), **knowledge), process
-    shape = config.unet_shape(data.sample_shape)
-    return ADMUNet2DModel(**shape, out_channels=data.sample_shape[0], **knowledge), process
+    return new_denoiser(config, data, data.sample_shape[0]), {"sigma_data": config.sigma_data}
 
 
 def build_scheduler(config: ConsistencyConfig, data: TrainingData, process: dict[str, Any]) -> ConsistencyScheduler:

@@ -13,22 +13,21 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
-import torch
 from accelerate import Accelerator
 from torch import nn
 
+from hf_diffusion.config.denoiser_options import DenoiserOptions
 from hf_diffusion.config.options import option
 from hf_diffusion.config.run_options import TrainingConfig
-from hf_diffusion.config.shared_options import ClassOptions, DataOptions, MeasureOptions, UNetOptions
+from hf_diffusion.config.shared_options import ClassOptions, DataOptions, LatentOptions, MeasureOptions
 from hf_diffusion.data.points import SHAPES
 from hf_diffusion.data.protocol import TrainingData
 from hf_diffusion.loop.fine_tuning import started_from
 from hf_diffusion.loop.generative import generative_trainer
+from hf_diffusion.loop.networks import new_denoiser
 from hf_diffusion.loop.start import run
 from hf_diffusion.loop.trainer import Trainer
 from hf_diffusion.losses.flow import FlowMatchingObjective, FlowMatchingOptions
-from hf_diffusion.models.mlp_points import PointDenoiser
-from hf_diffusion.models.unet_adm import ADMUNet2DModel
 from hf_diffusion.pipelines.pipeline_flow_matching import FlowMatchingPipeline
 from hf_diffusion.schedulers.scheduling_flow import FlowMatchingScheduler, resolution_shift
 
@@ -36,9 +35,10 @@ from hf_diffusion.schedulers.scheduling_flow import FlowMatchingScheduler, resol
 @dataclass(kw_only=True)
 class FlowConfig(
     MeasureOptions,
-    UNetOptions,
+    DenoiserOptions,
     FlowMatchingOptions,
     ClassOptions,
+    LatentOptions,
     TrainingConfig,
     DataOptions,
 ):
@@ -68,10 +68,11 @@ class FlowConfig(
             "lipman2023flow": True,
             "liu2023flow": True,
             # The U-Net, which points do without.
-            "dhariwal2021diffusion": self.dataset_name not in SHAPES,
+            "dhariwal2021diffusion": self.network == "adm" and self.dataset_name not in SHAPES,
             "ho2022classifier": self.class_conditional and self.label_dropout > 0,
+            "rombach2022high": self.vae is not None,
             "esser2024scaling": sd3 or self.loss_weighting != "uniform",
-            "li2025back": self.prediction_type == "sample",
+            "li2025back": self.prediction_type == "sample" or self.network == "transformer",
             "li2025improved": self.pairing == "knn",
             "tong2024improving": self.pairing == "assignment",
             "stoica2025contrastive": self.contrastive_weight > 0,
@@ -88,21 +89,13 @@ def build_scheduler(config: FlowConfig, data: TrainingData) -> FlowMatchingSched
     shift = config.time_shift
     if shift is None:
         shift = resolution_shift(math.prod(data.sample_shape[1:]) // config.patch_size**2)
-    return FlowMatchingScheduler(config.num_train_timesteps, shift=shift, solver=config.solver)
+    # By name: diffusers' from_config takes what was given by place for a default, and drops it.
+    return FlowMatchingScheduler(num_train_timesteps=config.num_train_timesteps, shift=shift, solver=config.solver)
 
 
-def build_network(config: FlowConfig, data: TrainingData) -> ADMUNet2DModel | PointDenoiser:
+def build_network(config: FlowConfig, data: TrainingData) -> nn.Module:
     """A network for the shape and the classes of the data."""
-    classes = config.num_class_embeds(data)
-    shape = {
-        "out_channels": data.sample_shape[0],
-        "num_class_embeds": classes,
-        "null_class": classes is not None and config.label_dropout > 0,
-    }
-    torch.manual_seed(config.seed)
-    if data.kind == "points":
-        return PointDenoiser(**config.mlp_shape(data.sample_shape), **shape)
-    return ADMUNet2DModel(**config.unet_shape(data.sample_shape), resblock_updown=config.resblock_updown, **shape)
+    return new_denoiser(config, data, data.sample_shape[0], resblock_updown=config.resblock_updown)
 
 
 def build(config: FlowConfig, accelerator: Accelerator, data: TrainingData) -> Trainer:
@@ -120,7 +113,8 @@ def build(config: FlowConfig, accelerator: Accelerator, data: TrainingData) -> T
 
     def pipeline(network: nn.Module) -> FlowMatchingPipeline:
         # a scheduler of its own: sampling has its own steps
-        return FlowMatchingPipeline(network, FlowMatchingScheduler.from_config(scheduler.config), names, **training)
+        own = FlowMatchingScheduler.from_config(scheduler.config)
+        return FlowMatchingPipeline(network, own, names, vae=data.autoencoder, **training)
 
     return generative_trainer(config, accelerator, objective, data, pipeline, **config.sampling_options())
 

@@ -17,19 +17,20 @@ from accelerate import Accelerator
 from diffusers import UNet2DModel
 from torch import nn
 
+from hf_diffusion.config.denoiser_options import DenoiserOptions
 from hf_diffusion.config.options import option
+from hf_diffusion.config.preset import Choice, Circumstances
 from hf_diffusion.config.run_options import TrainingConfig
-from hf_diffusion.config.shared_options import ClassOptions, DataOptions, MeasureOptions, UNetOptions
+from hf_diffusion.config.shared_options import ClassOptions, DataOptions, MeasureOptions
 from hf_diffusion.data.points import SHAPES
 from hf_diffusion.data.protocol import TrainingData
 from hf_diffusion.data.selection import evenly_spaced
 from hf_diffusion.loop.fine_tuning import started_from
 from hf_diffusion.loop.generative import generative_trainer
+from hf_diffusion.loop.networks import new_denoiser
 from hf_diffusion.loop.start import run
 from hf_diffusion.loop.trainer import Trainer
 from hf_diffusion.losses.score import ScoreObjective, ScoreOptions
-from hf_diffusion.models.mlp_points import PointDenoiser
-from hf_diffusion.models.unet_adm import ADMUNet2DModel
 from hf_diffusion.pipelines.pipeline_score_sde import ScoreSdePipeline
 from hf_diffusion.schedulers.scheduling_score import (
     AnnealedLangevinScheduler,
@@ -47,8 +48,12 @@ from hf_diffusion.schedulers.scheduling_score import (
 COMPARED_SAMPLES = 2000
 
 
+# Of the probability flow, for the grids of a run that chooses itself.
+FLOW_STEPS = 50
+
+
 @dataclass(kw_only=True)
-class ScoreConfig(MeasureOptions, UNetOptions, ScoreOptions, ClassOptions, TrainingConfig, DataOptions):
+class ScoreConfig(MeasureOptions, DenoiserOptions, ScoreOptions, ClassOptions, TrainingConfig, DataOptions):
     """Train a score network on images or points, with or without classes."""
 
     method: ClassVar[str] = "score"
@@ -70,8 +75,11 @@ class ScoreConfig(MeasureOptions, UNetOptions, ScoreOptions, ClassOptions, Train
     step_lr: float | None = option(
         None, "size of ncsn's steps at the last level; none keeps its variance best", above=0
     )
-    network: Literal["adm", "ncsnpp"] = option(
-        "adm", "U-Net of images: ADM's, or NCSN++ of diffusers, which is told sigma and divides by it", group="network"
+    network: Literal["adm", "ncsnpp", "transformer"] = option(
+        "adm",
+        "network of images: the U-Net of ADM, NCSN++ of diffusers (told sigma, divides by it), or a transformer on "
+        "patches",
+        group="network",
     )
 
     sampler: Literal["pc", "ode"] = option(
@@ -93,6 +101,13 @@ class ScoreConfig(MeasureOptions, UNetOptions, ScoreOptions, ClassOptions, Train
         if self.network == "ncsnpp" and self.class_conditional and self.guidance_scale != 1:
             raise ValueError("network ncsnpp has no null class to guide away from; give guidance_scale 1")
 
+    def auto_settings(self, circumstances: Circumstances) -> dict[str, Choice]:
+        """Grids along the probability flow where there is one: 1000 steps take a CPU minutes."""
+        flow = {"sampler": "ode", "score_num_inference_steps": FLOW_STEPS}
+        grids = {"grids": Choice(flow, "the probability flow needs few calls")}
+        has_flow = circumstances.on_cpu and self.process != "ncsn"
+        return super().auto_settings(circumstances) | (grids if has_flow else {})
+
     def papers(self) -> tuple[str, ...]:
         is_langevin = self.process == "ncsn"
         used = {
@@ -102,7 +117,8 @@ class ScoreConfig(MeasureOptions, UNetOptions, ScoreOptions, ClassOptions, Train
             "song2019sliced": self.matching == "sliced",
             "song2021maximum": self.likelihood_weighting,
             "dhariwal2021diffusion": self.network == "adm" and self.dataset_name not in SHAPES,
-            "ho2022classifier": self.class_conditional and self.label_dropout > 0 and self.network == "adm",
+            "li2025back": self.network == "transformer",
+            "ho2022classifier": self.class_conditional and self.label_dropout > 0 and self.network != "ncsnpp",
         }
         return tuple(paper for paper, is_used in used.items() if is_used)
 
@@ -117,9 +133,11 @@ def build_scheduler(config: ScoreConfig, data: TrainingData) -> ScoreScheduler:
     form = {"conditioning": "index" if config.discrete and config.process != "ncsn" else "time"}
     if is_ncsnpp:
         form = {"prediction_type": "score", "conditioning": "sigma", "scale_input": False}
+    # All by name: diffusers' from_config takes what was given by place for a default, and drops it.
     if config.process in ("vp", "subvp"):
         cls = ScoreSdeVPScheduler if config.process == "vp" else ScoreSdeSubVPScheduler
-        return cls(config.num_scales or 1000, config.beta_min, config.beta_max, **form)
+        betas = {"beta_min": config.beta_min, "beta_max": config.beta_max}
+        return cls(num_train_timesteps=config.num_scales or 1000, **betas, **form)
     sigma_max = config.sigma_max
     if sigma_max is None:
         if data.num_samples is None:
@@ -128,24 +146,22 @@ def build_scheduler(config: ScoreConfig, data: TrainingData) -> ScoreScheduler:
     if config.process == "ve":
         # the norms of two numbers are no measure of a step
         form |= {"corrector": "annealed"} if data.kind == "points" else {}
-        return ScoreSdeVEScheduler(config.num_scales or 1000, config.sigma_min, sigma_max, **form)
+        sigmas = {"sigma_min": config.sigma_min, "sigma_max": sigma_max}
+        return ScoreSdeVEScheduler(num_train_timesteps=config.num_scales or 1000, **sigmas, **form)
     dims = torch.Size(data.sample_shape).numel()
     levels = config.num_scales or level_count(dims, sigma_max, config.sigma_min)
     size = config.step_lr or langevin_step_size(sigma_max, config.sigma_min, levels, config.n_steps_each)
-    return AnnealedLangevinScheduler(levels, sigma_max, config.sigma_min, size, config.n_steps_each, **form)
+    form |= {"num_levels": levels, "sigma_begin": sigma_max, "sigma_end": config.sigma_min}
+    return AnnealedLangevinScheduler(step_lr=size, n_steps_each=config.n_steps_each, **form)
 
 
-def build_network(config: ScoreConfig, data: TrainingData) -> ADMUNet2DModel | PointDenoiser | UNet2DModel:
+def build_network(config: ScoreConfig, data: TrainingData) -> nn.Module:
     """A network for the shape and the classes of the data."""
-    classes = config.num_class_embeds(data)
     channels = data.sample_shape[0]
-    torch.manual_seed(config.seed)
-    null = {"num_class_embeds": classes, "null_class": classes is not None and config.label_dropout > 0}
-    if data.kind == "points":
-        return PointDenoiser(**config.mlp_shape(data.sample_shape), out_channels=channels, **null)
+    if config.network != "ncsnpp" or data.kind == "points":
+        return new_denoiser(config, data, channels)
     shape = config.unet_shape(data.sample_shape)
-    if config.network == "adm":
-        return ADMUNet2DModel(**shape, out_channels=channels, **null)
+    torch.manual_seed(config.seed)
     # diffusers' blocks with a pyramid of images beside them know images of three channels only
     levels, skip = len(shape["channel_mult"]), "Skip" if channels == 3 else ""
     widths = tuple(int(config.model_channels * width) for width in shape["channel_mult"])
@@ -168,7 +184,7 @@ def build_network(config: ScoreConfig, data: TrainingData) -> ADMUNet2DModel | P
         norm_num_groups=config.norm_num_groups,
         norm_eps=1e-6,
         dropout=config.dropout,
-        num_class_embeds=classes,
+        num_class_embeds=config.num_class_embeds(data),
     )
 
 

@@ -168,6 +168,9 @@ class ConsistencyObjective(Objective):
     checkpoints.
     """
 
+    # The curriculum ends with the run.
+    goes_by_length = True
+
     def __init__(
         self,
         scheduler: Any,

@@ -161,24 +161,31 @@ class FlowMatchingObjective(Objective):
         learning_rate: float,
     ):
         self.scheduler, self.options = scheduler, options
-        self.class_conditional = network.config.num_class_embeds is not None
-        self.null_class_id = network.null_class_id
+        self.class_conditional = getattr(network.config, "num_class_embeds", None) is not None
+        self.null_class_id = getattr(network, "null_class_id", None)
         super().__init__(Player(network, self.values, learning_rate))
 
     def values(self, network: nn.Module, batch: dict[str, Tensor], draw: Draw | FixedDraw) -> Values:
         """The loss (B,) of a micro-batch."""
-        x_0, labels = batch["x_0"], batch["labels"] if self.class_conditional else None
+        x_0 = batch["x_0"]
         u = draw.level(SPREADS[self.options.level_spread])
         sigma = shift_sigmas(levels(u, self.options), self.scheduler.config.shift)  # (B,)
         noise = self.options.noise_scale * self.noise(x_0, draw, network.training)
         timesteps = sigma * self.scheduler.config.num_train_timesteps
         x = self.scheduler.add_noise(x_0, noise, timesteps)
-        if self.null_class_id is not None and network.training:
-            labels = torch.where(draw.uniform() < self.options.label_dropout, self.null_class_id, labels)
-        output = network(x, timesteps.to(x.dtype), labels).sample
+        output = self.predict(network, x, timesteps.to(x.dtype), batch, draw)
         loss = self.losses(output, x_0, noise, x, sigma, network.training)
         # a level lies below 1, which very large shifts round up to
         return {"loss": loss, "level": sigma.clamp(max=1 - 1e-9)}
+
+    def predict(
+        self, network: nn.Module, x: Tensor, t: Tensor, batch: dict[str, Tensor], draw: Draw | FixedDraw
+    ) -> Tensor:
+        """The network's output for x (B, ...) and timesteps t (B,), told its class."""
+        labels = batch["labels"] if self.class_conditional else None
+        if self.null_class_id is not None and network.training:
+            labels = torch.where(draw.uniform() < self.options.label_dropout, self.null_class_id, labels)
+        return network(x, t, labels).sample
 
     def noise(self, x_0: Tensor, draw: Draw | FixedDraw, training: bool) -> Tensor:
         """Unit noise (B, ...), paired with the images as the options say."""

@@ -98,7 +98,7 @@ class PointNetwork(ModelMixin, ConfigMixin):
         self.linear_out = nn.Linear(width, outputs)
         self.gradient_checkpointing = False
 
-    def embed_timesteps(self, timestep: Tensor | float, sample: Tensor) -> Tensor:
+    def embed_timesteps(self, timestep: Tensor | float, sample: Tensor, mlp: nn.Module | None = None) -> Tensor:
         """The conditioning vector (B, W) of a timestep: a number, () or (B,)."""
         batch, device = len(sample), sample.device
         if not isinstance(timestep, Tensor):
@@ -106,7 +106,8 @@ class PointNetwork(ModelMixin, ConfigMixin):
         if timestep.ndim > 1 or timestep.numel() not in (1, batch):
             raise ValueError(f"timestep has shape {tuple(timestep.shape)}; a number, () or ({batch},) is expected")
         timestep = timestep.to(device).reshape(-1).expand(batch)
-        return self.time_mlp(timestep_embedding(timestep, self.config.model_channels).to(sample.dtype))
+        sinusoids = timestep_embedding(timestep, self.config.model_channels).to(sample.dtype)
+        return (self.time_mlp if mlp is None else mlp)(sinusoids)
 
     def features(self, inputs: Tensor, emb: Tensor) -> Tensor:
         """What the last linear map sees (B, W), from inputs and the conditioning vector."""
@@ -202,13 +203,49 @@ class PointDenoiser(PointNetwork, ModelMixin):
             class_labels: int64 (B,). Required iff the model has classes and no null class; None
                 means "no label" otherwise.
         """
+        points = self.linear_out(self.features(sample, self.conditioning(sample, timestep, class_labels)))
+        return PointOutput(sample=points) if return_dict else (points,)
+
+    def conditioning(self, sample: Tensor, timestep: Tensor | float, class_labels: Tensor | None) -> Tensor:
+        """The conditioning vector (B, W) of timesteps and labels; checks the inputs."""
         self.check_points(sample=sample)
         if class_labels is None and self.null_class_id is not None:
             class_labels = torch.full((len(sample),), self.null_class_id, device=sample.device)
         self.check_labels(class_labels, len(sample))
-        emb = self.embed_timesteps(timestep, sample)  # (B, W)
-        if class_labels is not None:
-            emb = emb + self.class_embedding(class_labels.to(sample.device)).to(emb.dtype)
+        emb = self.embed_timesteps(timestep, sample)
+        return (
+            emb if class_labels is None else emb + self.class_embedding(class_labels.to(sample.device)).to(emb.dtype)
+        )
+
+
+class PointMeanFlowDenoiser(PointDenoiser, ModelMixin):
+    """The same as an average velocity (arXiv:2505.13447), called as ADMMeanFlowUNet2DModel is.
+
+    The arguments are those of PointDenoiser.
+    """
+
+    def _build(self, inputs: int, outputs: int) -> None:
+        super()._build(inputs, outputs)
+        width = self.config.model_channels
+        self.duration_mlp = nn.Sequential(nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width))
+        # at first all steps are like the shortest
+        nn.init.zeros_(self.duration_mlp[-1].weight)
+        nn.init.zeros_(self.duration_mlp[-1].bias)
+
+    def forward(
+        self,
+        sample: Tensor,
+        timestep: Tensor | float,
+        duration: Tensor | float = 0,
+        class_labels: Tensor | None = None,
+        return_dict: bool = True,
+    ) -> PointOutput | tuple[Tensor]:
+        """The velocity (B, D) at `sample` (B, D) and `timestep`, averaged over `duration`.
+
+        Both are in units of timesteps, a number, () or (B,). At duration 0 it is that of the path.
+        """
+        emb = self.conditioning(sample, timestep, class_labels)  # (B, W)
+        emb = emb + self.embed_timesteps(duration, sample, self.duration_mlp)
         points = self.linear_out(self.features(sample, emb))
         return PointOutput(sample=points) if return_dict else (points,)
 

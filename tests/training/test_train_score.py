@@ -7,6 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from hf_diffusion.config.command_line import parse_config
 from hf_diffusion.data.loading import load_data
 from hf_diffusion.data.points import load_points
 from hf_diffusion.hub.loading import load_pipeline
@@ -22,12 +23,19 @@ SHORT = """
     --sampler ode --score_num_inference_steps 2
 """.split()
 IMAGES = ["--dataset_name", "digits", "--max_train_samples", "40"]
+# Settings of the schedulers that say what was trained.
+PROCESS = {"num_train_timesteps", "sigma_min", "sigma_max", "beta_min", "beta_max", "num_levels", "sigma_begin",
+           "sigma_end", "step_lr", "n_steps_each"}  # fmt: skip
 POINTS = ["--dataset_name", "eight_gaussians", "--max_train_samples", "200"]
 
 
 def trained(folder: Path, *flags: str) -> Path:
     assert train_score.main([*SHORT, *flags, "--output_dir", str(folder)]) == 0
     return folder
+
+
+def script_settings(flags: list[str]) -> train_score.ScoreConfig:
+    return parse_config(train_score.ScoreConfig, [*SHORT, *flags])
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -37,9 +45,12 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize(
     "flags, scheduler",
     [
-        ([*IMAGES, "--process", "vp", "--class_conditional"], "ScoreSdeVPScheduler"),
+        ([*IMAGES, "--process", "vp", "--class_conditional", "--beta_max", "15"], "ScoreSdeVPScheduler"),
         ([*IMAGES, "--process", "ve", "--network", "ncsnpp", "--model_channels", "32"], "ScoreSdeVEScheduler"),
-        ([*POINTS, "--process", "subvp", "--class_conditional", "--likelihood_weighting"], "ScoreSdeSubVPScheduler"),
+        (
+            [*POINTS, "--process", "subvp", "--class_conditional", "--likelihood_weighting", "--beta_min", "0.2"],
+            "ScoreSdeSubVPScheduler",
+        ),
         ([*POINTS, "--process", "ncsn", "--matching", "sliced"], "AnnealedLangevinScheduler"),
     ],
     ids=["vp", "ve-ncsnpp", "subvp-points", "ncsn-points"],
@@ -48,6 +59,11 @@ def test_every_process_trains_and_its_pipeline_draws(tmp_path, flags, scheduler)
     folder = trained(tmp_path / "run", *flags)
     pipe = load_pipeline(folder)
     assert type(pipe.scheduler).__name__ == scheduler
+    # what it was trained on is what it samples
+    config = script_settings(flags)
+    process = train_score.build_scheduler(config, load_data(**config.data_arguments())).config
+    for name in PROCESS & set(process):
+        assert pipe.scheduler.config[name] == pytest.approx(process[name]), name
     labels = [0, 1, 2] if pipe.num_classes else None
     samples = draw(pipe, [0, 1, 2], labels, sampler="ode", num_inference_steps=2)
     assert samples.shape == ((3, 8, 8, 1) if "digits" in flags else (3, 2))

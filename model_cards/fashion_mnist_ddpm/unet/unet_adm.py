@@ -545,6 +545,37 @@ class ADMUNet2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
         return F.pixel_shuffle(h, self.config.patch_size) if self.config.patch_size > 1 else h
 
 
+class ADMMeanFlowUNet2DModel(ADMUNet2DModel):
+    """The U-Net as an average velocity (arXiv:2505.13447): it is told also how long a step is.
+
+    The arguments are those of ADMUNet2DModel.
+    """
+
+    def _build(self, out_channels: int) -> None:
+        super()._build(out_channels)
+        # the last map starts at zero, so that at first all steps are like the shortest
+        self.duration_embedding = ADMTimeEmbedding(self.config.model_channels, 4 * self.config.model_channels)
+        zero_init(self.duration_embedding.linear_2)
+
+    def forward(
+        self,
+        sample: Tensor,
+        timestep: Tensor | float,
+        duration: Tensor | float = 0,
+        class_labels: Tensor | None = None,
+        return_dict: bool = True,
+    ) -> UNet2DOutput | tuple[Tensor]:
+        """The velocity (B, C, H, W) at `sample` and `timestep`, averaged over `duration`.
+
+        Both are in units of timesteps, a number, () or (B,). At duration 0 it is that of the path.
+        """
+        check_sample(sample, self.config.in_channels, self.multiple)
+        emb = self.conditioning(sample, timestep, class_labels)  # (B, E)
+        sinusoids = timestep_embedding(batch_timesteps(duration, sample), self.config.model_channels)
+        h = self.transform(sample, emb + self.duration_embedding(sinusoids.to(sample.dtype)))
+        return UNet2DOutput(sample=h) if return_dict else (h,)
+
+
 class ADMGenerator(ADMUNet2DModel):
     """The U-Net as generator of a denoising diffusion GAN: x_0 from (x_{t+1}, t, latent).
 

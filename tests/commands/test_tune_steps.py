@@ -1,0 +1,49 @@
+"""`hf-diffusion tune-steps`: better timesteps are written and drawn by; no gain writes nothing."""
+
+import json
+
+import numpy as np
+import pytest
+
+from hf_diffusion.evaluation import step_search
+from tests.commands.test_sample import run
+
+
+SMALL = ("--num_samples", 4, "--held_out", 8, "--reference_steps", 12, "--num_inference_steps", 3)
+
+
+def test_what_is_found_beats_the_own_spacing_on_other_noises_and_draws(folders, tmp_path, capsys):
+    file = tmp_path / "steps.json"
+    assert run("tune-steps", folders / "digits", *SMALL, "--timestep_spacing", "leading", "--output", file) == 0
+    found = json.loads(file.read_text())
+    assert found["distance"] + 2 * found["gain_error"] < found["own_distance"] and found["noises"] == 8
+    words = ",".join(map(str, found["timesteps"]))
+    said = capsys.readouterr().out
+    assert f"--scheduler unipc --timesteps {words}" in said and str(found["own_timesteps"]) in said
+    drawn = []
+    for npz, steps in ((tmp_path / "a.npz", ("--timesteps", words)), (tmp_path / "b.npz", SMALL[-2:])):
+        assert run("sample", folders / "digits", "--scheduler", "unipc", *steps, "--npz", npz, "--num_images", 3) == 0
+        drawn.append(np.load(npz)["images"].astype(int))
+    assert np.abs(drawn[0] - drawn[1]).max() > 2
+
+
+def test_where_nothing_is_gained_nothing_is_written_and_that_is_said(folders, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(step_search, "search", lambda distance, start, total: tuple(start))
+    file = tmp_path / "steps.json"
+    assert run("tune-steps", folders / "plain", *SMALL, "--output", file) == 0
+    assert "no gain beyond chance" in capsys.readouterr().out and not file.exists()
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        ((), "give the number of steps by --num_inference_steps"),
+        (("--num_inference_steps", 50), "must be fewer than the --reference_steps 50"),
+        (("--num_inference_steps", 4, "--scheduler", "deis"), "takes timesteps and draws nothing; take unipc"),
+        (("--num_inference_steps", 4, "--scheduler", "ddim", "--eta", 1), "without --eta"),
+        (("--num_inference_steps", 4, "--class_labels", "nine"), "--class_labels nine"),
+    ],
+)
+def test_what_cannot_be_searched_is_refused_in_a_sentence(folders, words, message, capsys):
+    assert run("tune-steps", folders / "digits", *words) == 2
+    assert message in capsys.readouterr().err
