@@ -23,6 +23,27 @@ LICENSES = set(
 )
 
 
+SPACE_COLOURS = set("red yellow green blue indigo purple pink gray".split())
+
+
+def space_errors(data: dict) -> list[str]:
+    """What is wrong with a Space (huggingface.co/docs/hub/spaces-config-reference)."""
+    errors = []
+    if data.get("sdk") not in ("gradio", "docker", "static"):
+        errors.append('"sdk" must be one of [gradio, docker, static]')
+    for key in ("colorFrom", "colorTo"):
+        if key in data and data[key] not in SPACE_COLOURS:
+            errors.append(f'"{key}" must be one of {sorted(SPACE_COLOURS)}')
+    if len(str(data.get("short_description", ""))) > 60:
+        errors.append('"short_description" length must be less than or equal to 60 characters long')
+    if "sdk_version" in data and not re.fullmatch(r"\d+\.\d+\.\d+", str(data["sdk_version"])):
+        errors.append('"sdk_version" must be a version such as 6.0.0')
+    models = data.get("models")
+    if models is not None and not (isinstance(models, list) and all(isinstance(name, str) for name in models)):
+        errors.append('"models" must be an array of strings')
+    return errors
+
+
 def read_card(text: str) -> tuple[dict, list[str], list[str]]:
     """The metadata at the head of a README.md -> (data, errors, warnings)."""
     match = re.match(r"\A\s*---[ \t]*\r?\n(.*?)(?:\r?\n)?---[ \t]*(?:\r?\n|\Z)", text, re.S)

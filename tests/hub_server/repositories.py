@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 
-from tests.hub_server.cards import read_card
+from tests.hub_server.cards import read_card, space_errors
 from tests.hub_server.objects import URL_PREFIX, HubError, git_oid, lfs_pointer
 from tests.hub_server.reply import Reply, as_json
 from tests.hub_server.request import API, Request, route
@@ -49,7 +49,9 @@ class Repositories(Request):
 
     @route("POST", "/api/validate-yaml")
     def validate_yaml(self):
-        _, errors, warnings = read_card(str(self.json_body().get("content", "")))
+        payload = self.json_body()
+        data, errors, warnings = read_card(str(payload.get("content", "")))
+        errors += space_errors(data) if payload.get("repoType") == "space" else []
         return as_json(
             {"errors": [{"message": m} for m in errors], "warnings": [{"message": m} for m in warnings]},
             400 if errors else 200,
@@ -69,6 +71,8 @@ class Repositories(Request):
         kind, repo_id = self.named_repo(payload)
         self.store.folder(kind, repo_id)  # is the name a valid one?
         self.check_write(repo_id, create=True)
+        if kind == "spaces" and payload.get("sdk") not in ("gradio", "docker", "static"):
+            raise HubError(400, '"sdk" must be one of [gradio, docker, static]')
         private = payload.get("visibility") == "private" or bool(payload.get("private"))
         with self.store.lock:
             repo = self.store.find(kind, repo_id)
