@@ -34,8 +34,8 @@ def environment(folder: str | os.PathLike = ".") -> dict[str, Any]:
         except importlib.metadata.PackageNotFoundError:
             continue
     found = {
-        "cpu": _cpu_name(),
-        "cpu_cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cpu": cpu_name(),
+        "cpu_cores": cpu_cores(),
     }
     if torch.cuda.is_available():
         found["gpu"] = torch.cuda.get_device_name()
@@ -43,7 +43,20 @@ def environment(folder: str | os.PathLike = ".") -> dict[str, Any]:
     return {**found, "versions": versions, **_git_state(folder)}
 
 
-def _cpu_name() -> str:
+def cpu_cores() -> int:
+    """The cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def cpu_multiplies_bf16() -> bool:
+    """Whether this CPU has instructions for products in bfloat16; elsewhere float32 is faster."""
+    try:
+        return re.search(r"\b(amx_bf16|avx512_bf16)\b", Path("/proc/cpuinfo").read_text()) is not None
+    except OSError:
+        return False
+
+
+def cpu_name() -> str:
     try:
         match = re.search(r"^model name\s*: (.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
     except OSError:

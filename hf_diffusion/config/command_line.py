@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import os
 import sys
 import textwrap
 import types
@@ -28,8 +29,22 @@ class OneSentenceParser(argparse.ArgumentParser):
     """A parser whose errors are one line: a usage text of fifty flags would bury it."""
 
     def error(self, message: str) -> NoReturn:
-        """End with status 2 and the sentence."""
-        self.exit(2, f"{self.prog}: {message}\n")
+        """End with status 2 and the sentence, which one of several processes says."""
+        self.exit(2, f"{self.prog}: {message}\n" if os.environ.get("RANK", "0") == "0" else None)
+
+
+class Help(argparse.Action):
+    """`--help` with the options that are used often, `--help all` with every one."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        rest = [action for action in parser._actions if not getattr(action, "often", True)]
+        if values != "all" and rest:
+            for action in rest:
+                action.help = argparse.SUPPRESS
+            parser.usage = "%(prog)s [settings]"
+            parser.epilog = f"{len(rest)} more settings, in groups: {option_string} all"
+        parser.print_help()
+        parser.exit()
 
 
 def parse_config(cls: type[Config], argv: Sequence[str] | None = None, *, prog: str | None = None) -> Config:
@@ -38,6 +53,23 @@ def parse_config(cls: type[Config], argv: Sequence[str] | None = None, *, prog: 
     Checks types and ranges, then calls `validate()` of the class where there is one. A mistake ends
     the process with status 2 and one sentence on stderr.
     """
+    config, parser = _read(cls, argv, prog)
+    try:
+        if hasattr(config, "validate"):
+            config.validate()
+    except ValueError as error:
+        parser.error(str(error))
+    return config
+
+
+def check_flags(cls: type, argv: Sequence[str], prog: str) -> None:
+    """End the process as `parse_config` does for --help and for what a single setting shows to be
+    wrong."""
+    _read(cls, argv, prog)
+
+
+def _read(cls: type[Config], argv: Sequence[str] | None, prog: str | None) -> tuple[Config, OneSentenceParser]:
+    """The settings, each of its type and in its range, and the parser that says what is wrong."""
     parser = _parser(cls, prog)
     # Intermixed: a value without a flag may stand before, between and after the flags.
     given, extra = parser.parse_known_intermixed_args(argv)
@@ -58,11 +90,9 @@ def parse_config(cls: type[Config], argv: Sequence[str] | None = None, *, prog: 
         if hasattr(cls, "given"):
             config.given = frozenset(values)
         check_fields(config)
-        if hasattr(config, "validate"):
-            config.validate()
     except ValueError as error:
         parser.error(str(error))
-    return config
+    return config, parser
 
 
 def _parser(cls: type, prog: str | None) -> OneSentenceParser:
@@ -73,8 +103,12 @@ def _parser(cls: type, prog: str | None) -> OneSentenceParser:
         description=textwrap.dedent(cls.__doc__).strip() if documented else None,
         # An abbreviation that is unique today is ambiguous after the next release.
         allow_abbrev=False,
+        add_help=False,
         argument_default=argparse.SUPPRESS,
         formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=38, width=115),
+    )
+    parser.add_argument(
+        "-h", "--help", nargs="?", metavar="all", action=Help, help="show the settings, or all of them"
     )
     parser.add_argument(
         "--config",
@@ -83,30 +117,35 @@ def _parser(cls: type, prog: str | None) -> OneSentenceParser:
         help="YAML file of settings, or the name of a recipe of the package; may be repeated, later ones win",
     )
     group, groups, hints = parser, {}, get_type_hints(cls)
+    has_often = any(field.metadata.get("often") for field in settings(cls).values())
     for name, field in settings(cls).items():
         title = field.metadata.get("group")
         if title:
             # A subclass may go on with a group of its base.
             group = groups[title] = groups.get(title) or parser.add_argument_group(title)
-        _add_argument(group, name, field, hints[field.name])
+        _add_argument(group, name, field, hints[field.name], has_often)
     return parser
 
 
-def _add_argument(group: argparse._ActionsContainer, name: str, field: dataclasses.Field, annotation: Any) -> None:
+def _add_argument(
+    group: argparse._ActionsContainer, name: str, field: dataclasses.Field, annotation: Any, has_often: bool
+) -> None:
     """Add one setting, whose value stays text and may be missing until the files are read."""
     metadata = field.metadata
     words = [bounds_in_words(metadata["bounds"])] if metadata.get("bounds") else []
     words += ["may be repeated"] if metadata.get("repeatable") else []
     words += ["required" if field.default is dataclasses.MISSING else f"default: {_shown(field.default)}"]
     help = f"{metadata.get('help', '')} ({'; '.join(words)})".replace("%", "%%")
+    flags = [f"--{word}" for word in (name, metadata.get("also")) if word]
     if metadata.get("positional"):
-        group.add_argument(name, nargs="?", help=help)
+        action = group.add_argument(name, nargs="?", help=help)
     elif annotation in (bool, bool | None):
-        group.add_argument(f"--{name}", action=argparse.BooleanOptionalAction, help=help)
+        action = group.add_argument(*flags, action=argparse.BooleanOptionalAction, help=help)
     elif metadata.get("repeatable"):
-        group.add_argument(f"--{name}", action="append", metavar=_metavar(get_args(annotation)[0]), help=help)
+        action = group.add_argument(*flags, action="append", metavar=_metavar(get_args(annotation)[0]), help=help)
     else:
-        group.add_argument(f"--{name}", metavar=_metavar(annotation), help=help)
+        action = group.add_argument(*flags, metavar=_metavar(annotation), help=help)
+    action.often = not has_often or bool(metadata.get("often"))
 
 
 def _unexpected_argument(extra: Sequence[str], cls: type) -> str:

@@ -46,6 +46,8 @@ def option(
     tied: bool | None = True,
     once: bool = False,
     is_path: bool = False,
+    often: bool = False,
+    also: str | None = None,
 ) -> Any:
     """One field of a configuration; without a default it is required.
 
@@ -57,6 +59,9 @@ def option(
     concern to training. See `resuming`.
     once: the setting belongs to one start of a run; the file that repeats the run does not have it.
     is_path: the text may be the path of a local file or folder, in which ~ is the user's home.
+    often: the plain --help shows it; where a configuration has such options, the others are left to
+    `--help all`.
+    also: a second, shorter name of the flag.
     """
     bounds = {"above": above, "at least": at_least, "below": below, "at most": at_most}
     metadata = {
@@ -68,6 +73,8 @@ def option(
         "tied": tied,
         "once": once,
         "is_path": is_path,
+        "often": often,
+        "also": also,
     }
     return dataclasses.field(default=default, metadata=metadata)
 
@@ -119,7 +126,7 @@ def find_config(path: str | os.PathLike) -> Path:
     path = Path(path).expanduser()
     if path.exists():
         return path
-    recipe = RECIPES / path.name
+    recipe = RECIPES / (path.name if path.suffix else f"{path.name}.yaml")
     # Also by its place in the repository, as the documentation has it.
     if recipe.is_file() and str(path.parent) in (".", "recipes", "training/recipes"):
         return recipe

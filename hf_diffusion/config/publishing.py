@@ -11,6 +11,10 @@ import yaml
 from hf_diffusion.config.options import RECIPES, config_to_yaml, find_config, settings
 
 
+# The variable that holds the words before a script's flags, where `hf-diffusion train` started it.
+STARTED_AS = "HF_DIFFUSION_STARTED_AS"
+
+
 def published(value: Any) -> Any:
     """Settings, or anything made of dicts, lists and texts, with every path that leads out of the
     working folder cut.
@@ -41,6 +45,9 @@ def published_command(config_class: type, command: Sequence[str]) -> list[str]:
     replaced by the `config.yaml` that comes with the model, which holds all flags, too.
     """
     script, *words = command
+    # What minutes came to on this machine is in that file alone.
+    if any(word.partition("=")[0] == "--max_train_minutes" for word in words):
+        return [script, "--config", "config.yaml"]
     once = _flags_of_one_start(config_class)
     kept, values = [], iter(words)
     for word in values:

@@ -9,9 +9,13 @@ import math
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
+from hf_diffusion.config import preset
 from hf_diffusion.config.options import HIGHEST_SEED, check_fields, option
+from hf_diffusion.config.preset import Choice, Circumstances
 
 
+# Each says how long to train; one of them is given.
+LENGTHS = ("max_train_steps", "num_epochs", "max_train_minutes")
 # Images up to this side are small.
 SMALL_SIDE = 64
 
@@ -26,6 +30,8 @@ class TrainingConfig:
     method: ClassVar[str] = ""
     kind: ClassVar[str] = "diffusion model"
     tags: ClassVar[tuple[str, ...]] = ()
+    # What the grids of a run show.
+    grids: ClassVar[str] = "Samples"
     # The Hub's task, such as image-classification; None where it follows from the data that a
     # pipeline draws.
     task: ClassVar[str | None] = None
@@ -41,21 +47,27 @@ class TrainingConfig:
     settings_are_tied: ClassVar[bool] = False
     # Of the first setting of each alternative, one is given; a flag that chooses one takes back
     # what a file gives.
-    alternatives: ClassVar[tuple] = ((("max_train_steps",), ("num_epochs",)),)
+    alternatives: ClassVar[tuple] = ((("max_train_steps",), ("num_epochs",), ("max_train_minutes",)),)
 
     output_dir: str = option(
-        "runs/model", "folder for checkpoints, samples, logs and the final model", group="run", is_path=True
+        "runs/model",
+        "folder for checkpoints, samples, logs and the final model",
+        group="run",
+        is_path=True,
+        often=True,
+        also="output",
     )
     # Without it, a folder that holds another run is refused: nobody loses a finished model to a
     # repeated command.
     overwrite_output_dir: bool = option(
         False, "begin anew in an output_dir that already holds a run; resume_from_checkpoint wins over it", once=True
     )
-    preset: Literal["fast", "standard"] | None = option(
+    preset: Literal["auto", "fast", "standard"] | None = option(
         None,
-        "settings of the network and its training that suit this size of images: fast for a CPU or a first try, "
-        "standard "
-        "for a GPU; settings that are given stand above it",
+        "settings of the network and its training by the size of the images: auto looks at the images, their number "
+        "and the machine, and says what it chose; fast is for a CPU or a first try, standard for a GPU; settings "
+        "that are given stand above it",
+        often=True,
     )
     init_from: str | None = option(
         None,
@@ -63,6 +75,7 @@ class TrainingConfig:
         "the "
         "options of the network",
         is_path=True,
+        often=True,
     )
     # Never random: every draw of a run follows from the seed and the step, which is what makes a
     # resumed run the same run.
@@ -71,19 +84,34 @@ class TrainingConfig:
         "seed of the initial weights, the order of the images, timesteps and noise",
         at_least=0,
         at_most=HIGHEST_SEED,
+        often=True,
     )
     dry_run: bool = option(
-        False, "show settings, sizes and a grid of training images, then stop before the first step", once=True
+        False,
+        "show settings, sizes and a grid of training images, then stop before the first step",
+        once=True,
+        often=True,
     )
     traceback: bool = option(False, "on an error, show where in the code it arose", once=True)
 
-    train_batch_size: int = option(16, "images for each process and micro step", at_least=1, group="optimization")
+    train_batch_size: int = option(
+        16, "images for each process and micro step", at_least=1, group="optimization", often=True
+    )
     gradient_accumulation_steps: int = option(1, "micro steps that make one optimizer step", at_least=1)
     # Exclusive: with both given, one of them would be ignored. Steps are what the schedule and the
     # logs count.
-    max_train_steps: int | None = option(None, "length of the training in optimizer steps", at_least=1)
+    max_train_steps: int | None = option(None, "length of the training in optimizer steps", at_least=1, often=True)
     num_epochs: int | None = option(
         None, "length of the training in passes over the data, instead of max_train_steps", at_least=1
+    )
+    # Once: what it came to is in max_train_steps, which repeats the run on any machine.
+    max_train_minutes: float | None = option(
+        None,
+        "length of the training in minutes on this machine, instead of max_train_steps: the steps are fitted to the "
+        "time, such that the learning rate has decayed when it ends",
+        above=0,
+        once=True,
+        often=True,
     )
     # Networks for small images learn fastest at 1e-3, those of the published U-Nets for large ones
     # at 1e-4.
@@ -91,6 +119,7 @@ class TrainingConfig:
         None,
         f"highest learning rate; none takes 1e-3 up to {SMALL_SIDE} pixels a side and for points, else 1e-4",
         above=0,
+        often=True,
     )
     # Constant and then down to 0: the decay takes out the noise that a constant rate leaves in the
     # weights, and the length of the run need not be known until the decay begins.
@@ -138,6 +167,7 @@ class TrainingConfig:
         None,
         "precision of the network's arithmetic; none takes that of accelerate launch, or else no",
         group="speed and memory",
+        often=True,
     )
     allow_tf32: bool = option(False, "let float32 products use TF32 on NVIDIA GPUs: faster, with 10 bits of mantissa")
     gradient_checkpointing: bool = option(
@@ -162,7 +192,10 @@ class TrainingConfig:
     )
     logging_steps: int = option(50, "write metrics after so many optimizer steps", at_least=1)
     sample_steps: int | None = option(
-        1000, "draw a grid of samples after so many optimizer steps; none draws none", at_least=1
+        1000,
+        "draw a grid of samples after so many optimizer steps, and a first one after 50; none draws none",
+        at_least=1,
+        often=True,
     )
     num_sample_images: int = option(64, "images in such a grid", at_least=1)
     # What is measured is a setting of the script: a loss on held-out images, distances of samples
@@ -186,10 +219,14 @@ class TrainingConfig:
         "`latest`, the folder of a checkpoint to go on from, or `hub` for the one that was pushed",
         once=True,
         is_path=True,
+        often=True,
     )
 
     push_to_hub: bool = option(
-        False, "share the model on the Hub; the token is that of `hf auth login` or HF_TOKEN", group="the Hub"
+        False,
+        "share the model on the Hub; the token is that of `hf auth login` or HF_TOKEN",
+        group="the Hub",
+        often=True,
     )
     hub_model_id: str | None = option(None, "repository, user/name; none takes the name of output_dir")
     # Training waits for no push in any case: what does not get through stays in output_dir/outbox.
@@ -219,13 +256,27 @@ class TrainingConfig:
         """Give the settings that go by the data their values: those of the preset that nobody has
         given, the rate.
         """
-        if self.preset is not None:
+        if self.preset in ("fast", "standard"):
             for name, value in self.preset_settings(sample_shape).items():
                 if name not in self.given:
                     setattr(self, name, value)
         if self.learning_rate is None:
             is_small = max(sample_shape[1:], default=1) <= SMALL_SIDE
             self.learning_rate = 1e-3 if is_small else 1e-4
+
+    def auto_settings(self, circumstances: Circumstances) -> dict[str, Choice]:
+        """What `preset auto` chooses, by what the choices are about.
+
+        Groups of options and families with more to choose add theirs.
+        """
+        return {"training": preset.optimization(circumstances), "arithmetic": preset.arithmetic(circumstances)}
+
+    def reduce(self, sample_shape: tuple[int, ...]) -> str | None:
+        """Take a network of less work, where a run of `preset auto` would see few samples.
+
+        Returns what was done; None where nothing can be.
+        """
+        return None
 
     def preset_settings(self, sample_shape: tuple[int, ...]) -> dict[str, Any]:
         """What `preset` means for samples of a shape.
@@ -255,7 +306,14 @@ class TrainingConfig:
 
     def check(self) -> None:
         """ValueError for settings of a run that contradict each other."""
-        check_exclusive(self, "max_train_steps", "num_epochs", "how long to train")
+        # auto chooses a length where none is given
+        if self.preset != "auto" or self.max_train_steps is not None or self.num_epochs is not None:
+            check_exclusive(self, *LENGTHS, "how long to train")
+        if self.max_train_minutes is not None and self.lr_scheduler not in ("trapezoid", "constant"):
+            raise ValueError(
+                f"max_train_minutes plans the length while it trains, and lr_scheduler {self.lr_scheduler} must know "
+                "it from the first step on; give trapezoid or constant, or max_train_steps"
+            )
         if not self.output_dir:
             raise ValueError("output_dir is empty; give a folder")
         if self.resume_from_checkpoint == "hub" and not self.hub_model_id and not self.push_to_hub:
@@ -280,12 +338,15 @@ class TrainingConfig:
         return self.train_batch_size * self.gradient_accumulation_steps * processes
 
 
-def check_exclusive(config: Any, one: str, other: str, what: str) -> None:
-    """ValueError unless exactly one of two settings says `what`."""
-    given = [name for name in (one, other) if getattr(config, name) is not None]
+def check_exclusive(config: Any, *settings: str) -> None:
+    """ValueError unless exactly one of some settings says what the last word names."""
+    *names, what = settings
+    given = [name for name in names if getattr(config, name) is not None]
     if not given:
-        raise ValueError(f"give --{one} or --{other}: {what}")
-    if len(given) == 2:
+        *first, last = (f"--{name}" for name in names)
+        raise ValueError(f"give {', '.join(first)} or {last}: {what}")
+    if len(given) > 1:
+        one, other = given[:2]
         raise ValueError(
             f"{one} {getattr(config, one)!r} and {other} {getattr(config, other)!r} both say {what}; give one, and "
             "`none` for the other"

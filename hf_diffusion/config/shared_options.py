@@ -3,10 +3,14 @@
 Each checks its own.
 """
 
+import os
+import re
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar, Literal
 
+from hf_diffusion.config import preset
 from hf_diffusion.config.options import option
+from hf_diffusion.config.preset import Choice, Circumstances
 from hf_diffusion.config.run_options import check_exclusive
 
 
@@ -19,16 +23,24 @@ class DataOptions:
     # With the columns, whose names belong to the data.
     alternatives: ClassVar[tuple] = (
         (
+            ("data", "image_column", "label_column"),
             ("dataset_name", "dataset_config_name", "image_column", "label_column"),
             ("train_data_dir", "image_column", "label_column"),
         ),
     )
 
+    # What it names is put into one of the two below, which are what a run records.
+    data: str | None = option(
+        None,
+        "the data to train on: a folder of images (folders in it are classes), a .parquet or .zip file, a data set "
+        "on the Hub as user/name, or one of the built-in ones such as digits and swiss_roll",
+        group="data",
+        is_path=True,
+        often=True,
+    )
     # A Hub id, or the digits that scikit-learn carries: a first run needs neither a network nor a
     # folder of images.
-    dataset_name: str | None = option(
-        None, "data set on the Hub, or `digits` (8x8, no network needed)", group="data", is_path=True
-    )
+    dataset_name: str | None = option(None, "data set on the Hub, or `digits` (8x8, no network needed)", is_path=True)
     dataset_config_name: str | None = option(None, "configuration of the data set on the Hub, where it has several")
     # Exclusive with dataset_name: a folder that silently lost against a Hub id would train on the
     # wrong images.
@@ -48,7 +60,7 @@ class DataOptions:
     # None keeps the size of the data, which for small data sets is what one wants and for mixed
     # sizes is an error that says so.
     resolution: int | tuple[int, int] | None = option(
-        None, "size of the images, 32 or HEIGHTxWIDTH; none keeps the size of the data", at_least=1
+        None, "size of the images, 32 or HEIGHTxWIDTH; none keeps the size of the data", at_least=1, often=True
     )
     channels: Literal[1, 3, 4] | None = option(None, "channels of the images; none keeps those of the data")
     # What lies hidden under full transparency is no colour of the image.
@@ -58,7 +70,7 @@ class DataOptions:
     center_crop: bool = option(True, "crop the middle after resizing the shorter side, instead of a crop at random")
     # Off, since mirrored digits, letters and medical images are wrong images; recipes for
     # photographs turn it on.
-    random_flip: bool = option(False, "mirror half of the images, chosen anew in each epoch")
+    random_flip: bool = option(False, "mirror half of the images, chosen anew in each epoch", often=True)
     max_train_samples: int | None = option(None, "use only so many images", at_least=1)
     # A few broken files in a scraped folder are normal; many of them mean that the folder is not
     # what it was taken for.
@@ -69,6 +81,13 @@ class DataOptions:
 
     def check(self) -> None:
         """ValueError for settings of the data that contradict each other."""
+        if self.data is not None:
+            place_data(self)
+        if self.dataset_name is None and self.train_data_dir is None:
+            raise ValueError(
+                "give the data to train on: --data with a folder of images, a .parquet or .zip file, or user/name on "
+                "the Hub (or --dataset_name or --train_data_dir)"
+            )
         check_exclusive(self, "dataset_name", "train_data_dir", "the data to train on")
         if self.streaming and self.num_epochs:
             raise ValueError(
@@ -81,9 +100,52 @@ class DataOptions:
 
     def data_arguments(self) -> dict[str, Any]:
         """The arguments of `load_data` for the data of this run."""
-        names = [field.name for field in fields(DataOptions)]
+        names = [field.name for field in fields(DataOptions) if field.name != "data"]
         label_column = None if self.label_column == "auto" else self.label_column
         return {**{name: getattr(self, name) for name in names}, "label_column": label_column, "seed": self.seed}
+
+
+def place_data(config: Any) -> None:
+    """Put what `data` names where it belongs: a path that is there into `train_data_dir`, else a
+    name into `dataset_name`.
+    """
+    for name in ("dataset_name", "train_data_dir"):
+        if getattr(config, name) is not None:
+            raise ValueError(
+                f"data {config.data!r} and {name} {getattr(config, name)!r} both say the data to train on; give one"
+            )
+    if os.path.exists(config.data):
+        config.train_data_dir = config.data
+    elif re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", config.data):
+        config.dataset_name = config.data
+    else:
+        raise ValueError(
+            f"data {config.data!r} is no folder or file here; give one, or user/name of a data set on the Hub"
+        )
+    config.data = None
+
+
+@dataclass(kw_only=True)
+class LatentOptions:
+    """Whether the network learns images, or latents of them; stands before DataOptions."""
+
+    # The fingerprint of the latents ties a checkpoint to the autoencoder, wherever it is.
+    settings_are_tied: ClassVar[bool] = False
+
+    vae: str | None = option(
+        None,
+        "learn the latents of this autoencoder, a folder or Hub id, as train_autoencoder.py leaves one; they are "
+        "computed once and kept in HF_DIFFUSION_CACHE",
+        group="latents",
+        is_path=True,
+    )
+    vae_posterior: Literal["sample", "mean"] = option(
+        "sample", "sample Gaussian latents anew in each epoch, as the reference does, or take their means"
+    )
+
+    def data_arguments(self) -> dict[str, Any]:
+        """The arguments of `load_data` for the data of this run."""
+        return {**super().data_arguments(), "vae": self.vae, "vae_posterior": self.vae_posterior}
 
 
 @dataclass(kw_only=True)
@@ -91,8 +153,13 @@ class ClassOptions:
     """Whether the network learns the classes of the data."""
 
     class_conditional: bool = option(
-        False, "learn the classes of the data, so that samples can be asked for by class", group="method"
+        False, "learn the classes of the data, so that samples can be asked for by class", group="method", often=True
     )
+
+    def auto_settings(self, circumstances: Circumstances) -> dict[str, Choice]:
+        """Learn the classes where there are enough images of each."""
+        guided = getattr(self, "label_dropout", 0) > 0
+        return {"classes": preset.classes(circumstances, guided), **super().auto_settings(circumstances)}
 
     def num_class_embeds(self, data: Any) -> int | None:
         """How many classes the network knows.
@@ -102,7 +169,11 @@ class ClassOptions:
         if self.class_conditional and not data.num_classes:
             raise ValueError(
                 f"class_conditional is set, but {data.name} has no labels; "
-                + (data.why_no_classes or "leave it out, or name the column by --label_column")
+                + (
+                    data.why_no_classes
+                    or "put the images of each class into a folder of its own, name the column by --label_column, or "
+                    "leave it out"
+                )
             )
         return data.num_classes if self.class_conditional else None
 
@@ -118,6 +189,7 @@ class MeasureOptions:
         (),
         "measures of samples at every eval_steps: Frechet and kernel distance, precision and recall, label accuracy",
         group="evaluation",
+        often=True,
     )
     # A distance needs more images than the features have dimensions, and its value holds for this
     # number only.
@@ -171,7 +243,7 @@ class NoiseScheduleOptions:
 class UNetOptions:
     """The shape of a U-Net, or of its half that classifies."""
 
-    model_channels: int = option(64, "width of the U-Net's first level", at_least=1, group="network")
+    model_channels: int = option(64, "width of the U-Net's first level", at_least=1, group="network", often=True)
     channel_mult: tuple[float, ...] | None = option(
         None, "width of each level in units of model_channels; none goes by the size", above=0
     )
@@ -184,7 +256,22 @@ class UNetOptions:
     dropout: float = option(0.0, "dropout in the residual blocks", at_least=0, below=1)
     # 2x2 pixels become channels at the network's two ends: a quarter of the positions, several
     # times the speed.
-    patch_size: int = option(1, "side of the pixel patches that the network works on", at_least=1)
+    patch_size: int = option(1, "side of the pixel patches that the network works on", at_least=1, often=True)
+
+    def auto_settings(self, circumstances: Circumstances) -> dict[str, Choice]:
+        """The network by the size of the images and the machine."""
+        patch = self.patch_size if "patch_size" in self.given else None
+        return {"network": preset.network(circumstances, patch), **super().auto_settings(circumstances)}
+
+    def reduce(self, sample_shape: tuple[int, ...]) -> str | None:
+        if "model_channels" not in self.given and self.model_channels // 2 >= preset.LEAST_WIDTH:
+            self.model_channels //= 2
+            return f"model_channels {self.model_channels}"
+        is_free = not {"patch_size", "channel_mult"} & self.given
+        if is_free and self.patch_size == 1 and preset.takes_patches(sample_shape, 2):
+            self.patch_size, self.channel_mult = 2, (1, 2)
+            return "patch_size 2"
+        return None
 
     def preset_settings(self, sample_shape: tuple[int, ...]) -> dict[str, Any]:
         """Of fast: half the width, on patches where the sides allow it, which is a small part of

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import psutil
 
+from hf_diffusion.config.publishing import STARTED_AS
+
 
 # From a launcher to its processes there are at most so many generations.
 GENERATIONS = 3
@@ -21,6 +23,8 @@ def start_of(argv: Sequence[str]) -> str:
     With `accelerate launch` and its flags, and with the variables of accelerate that were set for
     it.
     """
+    if STARTED_AS in os.environ:
+        return os.environ[STARTED_AS]
     process = psutil.Process()
     own = _before(process, argv)
     for _ in range(GENERATIONS):

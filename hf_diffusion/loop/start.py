@@ -6,6 +6,7 @@ What is wrong with a setting or the data ends the script here, in one sentence.
 
 import copy
 import logging
+import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -14,9 +15,11 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import ProjectConfiguration
+from accelerate.state import AcceleratorState
+from accelerate.utils import ProjectConfiguration, broadcast_object_list
 
 from hf_diffusion.config.command_line import parse_config
+from hf_diffusion.config.publishing import STARTED_AS
 from hf_diffusion.config.run_options import TrainingConfig
 from hf_diffusion.data.loading import load_data
 from hf_diffusion.data.protocol import TrainingData
@@ -24,6 +27,7 @@ from hf_diffusion.loop.dry_run import dry_run
 from hf_diffusion.loop.engines import check_engine, take_launch_settings
 from hf_diffusion.loop.finish import train_and_share
 from hf_diffusion.loop.output_folder import check_content, claimed, move_former_run
+from hf_diffusion.loop.planning import choose, fit_length, is_open, take_former
 from hf_diffusion.loop.sharing import prepare_sharing
 from hf_diffusion.loop.trainer import Trainer
 
@@ -44,16 +48,16 @@ def run(
     `load(**config.data_arguments())` opens the data. Returns the exit status; a bad setting ends
     the process.
     """
-    prog = prog or Path(sys.argv[0]).name
+    prog = os.environ.get(STARTED_AS) or prog or Path(sys.argv[0]).name
     config = parse_config(config_class, argv, prog=prog)
     with ExitStack() as until_the_end, one_sentence_errors(prog, config.traceback):
         accelerator = start(config)
         if not config.dry_run:
             claim(config, accelerator, until_the_end)
         # one process downloads or prepares them, the others find them in the cache
-        with accelerator.main_process_first():
+        with main_first(accelerator):
             data = load(**config.data_arguments())
-        config.settle(data.sample_shape)
+        accelerator = settle(config, accelerator, data, build)
         trainer = build(config, accelerator, data)
         if config.init_from is not None and not config.is_started:
             raise ValueError(f"init_from {config.init_from}: {prog} begins with new weights only; leave it out")
@@ -71,6 +75,23 @@ def run(
     return 0
 
 
+def settle(config: TrainingConfig, accelerator: Accelerator, data: TrainingData, build: Build) -> Accelerator:
+    """Give the settings their values that the run leaves open: by the run that it goes on with, by
+    the data and the machine, by the time.
+
+    Returns the accelerator, a new one where another precision was chosen.
+    """
+    goes_on = is_open(config) and take_former(config)
+    if config.preset == "auto" and not goes_on:
+        choose(config, accelerator, data)
+    if config.mixed_precision != accelerator.mixed_precision:
+        accelerator = start_anew(config)
+    config.settle(data.sample_shape)
+    if is_open(config) and not goes_on:
+        fit_length(config, accelerator, lambda trial: build(trial, accelerator, data))
+    return accelerator
+
+
 def faster(config: TrainingConfig, data: TrainingData) -> TrainingConfig:
     """The same run with preset fast in all that nobody has given."""
     other = copy.copy(config)
@@ -82,12 +103,28 @@ def faster(config: TrainingConfig, data: TrainingData) -> TrainingConfig:
 def claim(config: TrainingConfig, accelerator: Accelerator, until_the_end: ExitStack) -> None:
     """Take the output folder for this run; ValueError where another one has it, or has left
     something in it."""
-    if accelerator.is_main_process:
-        folder = Path(config.output_dir)
-        until_the_end.enter_context(claimed(folder))
-        check_content(folder, config.overwrite_output_dir, config.resume_from_checkpoint is not None)
-        prepare_sharing(config)
-    accelerator.wait_for_everyone()
+    with main_first(accelerator):
+        if accelerator.is_main_process:
+            folder = Path(config.output_dir)
+            until_the_end.enter_context(claimed(folder))
+            check_content(folder, config.overwrite_output_dir, config.resume_from_checkpoint is not None)
+            prepare_sharing(config)
+
+
+@contextmanager
+def main_first(accelerator: Accelerator) -> Iterator[None]:
+    """The main process before the others, which end without a word where it has failed with one."""
+    if not accelerator.is_main_process:
+        if broadcast_object_list([None])[0]:
+            raise SystemExit(1)
+        yield
+        return
+    try:
+        yield
+    except BaseException:
+        broadcast_object_list([True])
+        raise
+    broadcast_object_list([False])
 
 
 @contextmanager
@@ -100,6 +137,12 @@ def one_sentence_errors(prog: str, traceback: bool = False) -> Iterator[None]:
         if traceback:
             raise
         raise SystemExit(f"{prog}: {error}") from error
+
+
+def start_anew(config: TrainingConfig) -> Accelerator:
+    """The accelerator with another precision than that of the launch; the processes stay joined."""
+    AcceleratorState._reset_state()
+    return start(config)
 
 
 def start(config: TrainingConfig) -> Accelerator:

@@ -263,8 +263,10 @@ def test_settings_of_a_training_that_contradict_each_other_are_refused(capsys):
         "--output_dir=": "output_dir is empty",
     }.items():
         assert complaint(capsys, *MINIMUM, *words.split(), cls=Training).startswith(sentence)
-    assert complaint(capsys, *MINIMUM[2:], cls=Training).startswith("give --dataset_name or --train_data_dir")
-    assert complaint(capsys, *MINIMUM[:2], cls=Training).startswith("give --max_train_steps or --num_epochs")
+    assert complaint(capsys, *MINIMUM[2:], cls=Training).startswith("give the data to train on: --data with a folder")
+    assert complaint(capsys, *MINIMUM[:2], cls=Training).startswith(
+        "give --max_train_steps, --num_epochs or --max_train_minutes: how long"
+    )
 
 
 def test_none_takes_back_what_a_recipe_gives():
@@ -300,7 +302,8 @@ def test_flags_that_diffusers_has_too_have_its_names():
 def test_data_arguments_are_those_of_load_images_and_none_means_no_classes():
     accepted = inspect.signature(load_images).parameters
     arguments = parse_config(Training, [*MINIMUM, "--resolution", "28x36", "--seed", "5"]).data_arguments()
-    assert set(arguments) == set(accepted) - {"cache_bytes", "shuffle_buffer", "fit_size"}
+    of_captions = {"captioned", "caption_column", "caption_templates", "caption_coder"}
+    assert set(arguments) == set(accepted) - {"cache_bytes", "shuffle_buffer", "fit_size"} - of_captions
     assert (arguments["resolution"], arguments["seed"], arguments["label_column"]) == ((28, 36), 5, None)
     for column in ("none", "digit"):
         config = parse_config(Training, [*MINIMUM, "--label_column", column])
