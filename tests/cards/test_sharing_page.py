@@ -1,4 +1,4 @@
-"""The README's ten lines on sharing, pasted as they stand, with a user of the Hub on loopback."""
+"""The first lines of docs/sharing.md, pasted as they stand, with a user of the Hub on loopback."""
 
 import re
 import shlex
@@ -16,7 +16,7 @@ from tests.hub.test_push import lfs  # noqa: F401  (a fixture)
 from tests.launching import run_claims
 
 
-README = Path(__file__).resolve().parents[2] / "README.md"
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "sharing.md"
 
 
 @pytest.fixture
@@ -30,7 +30,7 @@ def trained(tmp_path) -> Path:
 
 
 def test_the_lines_on_sharing_work_as_pasted(lfs, trained, monkeypatch):  # noqa: F811
-    section = README.read_text().split("\n## Share\n")[1].split("\n## ")[0].replace("your-name", "alice")
+    section = PAGE.read_text().split("\n## ")[0].replace("your-name", "alice")
     commands = re.search(r"```bash\n(.*?)```", section, re.DOTALL)[1].splitlines()
     stock, installed = re.findall(r"```python\n(.*?)```", section, re.DOTALL)
     monkeypatch.chdir(trained)
