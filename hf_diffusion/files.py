@@ -2,9 +2,10 @@
 
 import hashlib
 import os
+import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 
 def write_whole(path: str | os.PathLike, content: bytes | str | Callable[[BinaryIO], object]) -> Path:
@@ -26,6 +27,38 @@ def write_whole(path: str | os.PathLike, content: bytes | str | Callable[[Binary
     finally:
         partial.unlink(missing_ok=True)
     return path
+
+
+def write_shown(path: str | os.PathLike, shown: Any) -> Path:
+    """Write what shows samples: a picture of PIL as `path`.png, a text as `path`.txt.
+
+    Returns where it is.
+    """
+    if isinstance(shown, str):
+        return write_whole(f"{path}.txt", shown)
+    return write_whole(f"{path}.png", lambda file: shown.save(file, format="PNG"))
+
+
+def remove_partials(*folders: str | os.PathLike) -> None:
+    """Remove what processes that were killed while they wrote have left in folders.
+
+    Files of another machine's processes are younger than a minute while these write.
+    """
+    for folder in folders:
+        for path in Path(folder).glob(".*.partial"):
+            process = path.name.split(".")[-2]
+            if process.isdecimal() and not _is_alive(int(process)) and time.time() - path.stat().st_mtime > 60:
+                path.unlink(missing_ok=True)
+
+
+def _is_alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except (PermissionError, OverflowError):
+        return True
+    return True
 
 
 def sha256(path: str | os.PathLike) -> str:

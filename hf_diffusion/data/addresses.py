@@ -56,6 +56,9 @@ def read_bytes(address: str) -> bytes:
                 return file.read()
     except KeyError as error:
         raise Unreadable("the archive has no such entry") from error
+    except FileNotFoundError as error:
+        gone = os.path.islink(address)
+        raise Unreadable("it is a link that leads nowhere" if gone else "there is no such file") from error
     except (OSError, RuntimeError, NotImplementedError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise Unreadable(" ".join(str(error).split()) or type(error).__name__) from error
     if "://" in address:

@@ -4,7 +4,7 @@ import numpy as np
 
 
 # What a number is drawn for.
-FLIP, CROP_X, CROP_Y = range(3)
+FLIP, CROP_X, CROP_Y, CAPTION = range(4)
 
 
 def draws(seed: int, epochs: np.ndarray, indices: np.ndarray, purpose: int) -> np.ndarray:

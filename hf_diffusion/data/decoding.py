@@ -81,6 +81,12 @@ def native_format(image: Image.Image, name: str) -> tuple[int, int]:
     if image.mode == "F":
         raise BadData(f"{name} has floating-point pixels of unknown range; store images with 8 or 16 bits")
     if image.mode.startswith("I"):
+        lowest, highest = image.getextrema()
+        if lowest < 0 or highest > 65535:
+            raise BadData(
+                f"{name} has 32-bit pixels from {lowest:,} to {highest:,}, outside 0..65,535; "
+                "store images with 8 or 16 bits"
+            )
         return 1, 16
     if has_alpha(image):
         return 4, 8
@@ -113,7 +119,7 @@ def to_pixels(
     """
     width, height = transform.size[::-1]
     wide = native_format(image, name)[1] == 16
-    image = _in_levels(image, transform, name) if wide else _in_mode(image, transform)
+    image = _in_levels(image, transform) if wide else _in_mode(image, transform)
     if image.size != (width, height):
         if not transform.resize:
             raise BadData(
@@ -143,11 +149,9 @@ def to_pixels(
     return pixels.transpose(2, 0, 1)
 
 
-def _in_levels(image: Image.Image, transform: ImageTransform, name: str) -> Image.Image:
+def _in_levels(image: Image.Image, transform: ImageTransform) -> Image.Image:
     """An image of 16 or 32 bits as floats in 0..65535, of which 65535 is the set's own white."""
     values = np.asarray(image).astype(np.float32)
-    if values.min() < 0 or values.max() > 65535:
-        raise BadData(f"{name} has 32-bit pixels outside 0..65535; store images with 8 or 16 bits")
     if values.max() > transform.white:
         raise CorruptImage(
             f"has the value {values.max():.0f}, and 0..{transform.white} is the range of the first images of the set"

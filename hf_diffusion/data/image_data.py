@@ -18,11 +18,12 @@ import numpy as np
 import torch
 
 from hf_diffusion.data.augmentation import FLIP, draws
+from hf_diffusion.data.captions import Captions
 from hf_diffusion.data.decoding import encoded_bytes
 from hf_diffusion.data.errors import BadData, CorruptImage, too_many_bad
 from hf_diffusion.data.memory import cache_limit
 from hf_diffusion.data.pixels import image_samples, to_network_range
-from hf_diffusion.data.protocol import Batch, TrainingData, pinned
+from hf_diffusion.data.protocol import Batch, TrainingData
 from hf_diffusion.data.row_decoder import Decoded, Request, RowDecoder
 from hf_diffusion.data.selection import evenly_spaced
 from hf_diffusion.data.transforms import ImageTransform
@@ -64,7 +65,9 @@ class ImageData(TrainingData):
         max_bad_images: int,
         cache_bytes: int | None,
         facts: dict[str, Any],
+        captions: Captions | None = None,
     ):
+        self.captions = captions
         self.transform, self.channels, self.size = transform, transform.channels, transform.size
         self.name, self.class_names, self.labels = name, class_names, labels
         self.num_samples, self.sample_shape = len(dataset), (transform.channels, *transform.size)
@@ -115,15 +118,14 @@ class ImageData(TrainingData):
             "altered_images": self.altered,
             "kept_in_memory": self._cache is not None,
             "fingerprint": self.fingerprint,
+            **({} if self.captions is None else {"captions": self.captions.describe()}),
         }
 
     def form(self) -> dict[str, Any]:
-        return self.transform.form()
+        return self.transform.form() | super().form()
 
-    def batches(
-        self, order: BatchOrder, start_step: int, total_steps: int, num_workers: int = 0, pin_memory: bool = False
-    ) -> Iterator[Batch]:
-        return batches(self, order.positions(start_step, total_steps), num_workers, pin_memory)
+    def batches(self, order: BatchOrder, start_step: int, total_steps: int, num_workers: int = 0) -> Iterator[Batch]:
+        return batches(self, order.positions(start_step, total_steps), num_workers)
 
     def once(self, batch_size: int, limit: int | None = None, num_workers: int = 0) -> Iterator[Batch]:
         chosen = [(0, index) for index in evenly_spaced(len(self), limit)]
@@ -133,9 +135,11 @@ class ImageData(TrainingData):
     def fetch(self, indices: Sequence[int], epoch: int | Sequence[int]) -> Batch:
         """Return "x_0" float32 (B, C, H, W) in [-1, 1], "indices" and "labels" int64 (B,).
 
-        Without labels in the data there is no "labels". `epoch` is one number or one for each
-        index. "indices" names the images shown: another than asked where that one is corrupt.
-        IndexError for an index outside 0..len-1; ValueError if too many images are corrupt.
+        Without labels in the data there is no "labels". With captions "captions" int64 (B,) are
+        numbers of `captions.texts`, beside what the coder of `encode_captions` makes of them.
+        `epoch` is one number or one for each index. "indices" names the images shown: another than
+        asked where that one is corrupt. IndexError for an index outside 0..len-1; ValueError if too
+        many images are corrupt.
         """
         epochs = np.broadcast_to(np.asarray(epoch), len(indices)).tolist()
         pairs = list(zip(epochs, map(int, indices)))
@@ -172,7 +176,7 @@ class ImageData(TrainingData):
         batch = {"x_0": to_network_range(pixels), "indices": torch.from_numpy(sources.copy())}
         if self.labels is not None:
             batch["labels"] = torch.from_numpy(self.labels[sources])
-        return batch
+        return batch | self.captions_of(epochs, sources)
 
     def record(self, bad: dict[int, str], altered: dict[int, str] | None = None) -> None:
         """Count images by index and warn of the first; ValueError beyond max_bad_images."""
@@ -191,6 +195,8 @@ class ImageData(TrainingData):
         digest = hashlib.sha256(described.encode())
         if self.labels is not None:
             digest.update(self.labels.tobytes())
+        if self.captions is not None:
+            digest.update(self.captions.digest())
         dataset, column = self._decoder.dataset, self._decoder.column
         for index in evenly_spaced(len(self), 256):
             try:
@@ -200,27 +206,24 @@ class ImageData(TrainingData):
         return digest.hexdigest()[:16]
 
 
-def batches(
-    data: ImageData, position_batches: Iterable[Request], num_workers: int = 0, pin_memory: bool = False
-) -> Iterator[Batch]:
+def batches(data: ImageData, position_batches: Iterable[Request], num_workers: int = 0) -> Iterator[Batch]:
     """Yield `data.fetch` of each list of (epoch, index) pairs; no `num_workers` changes anything.
 
     Worker processes decode ahead while images are missing in memory, and end when all are there.
     `position_batches` may be endless; it is read in this process, a few batches ahead of what was
     yielded.
     """
-    pin = pin_memory and torch.cuda.is_available()
     pending, ahead = iter(position_batches), deque()
     if num_workers > 0 and not data.complete:
         decoded_batches = iter(_worker_loader(data, pending, ahead, num_workers))
         for decoded in decoded_batches:
-            yield pinned(data.collate(ahead.popleft(), decoded), pin)
+            yield data.collate(ahead.popleft(), decoded)
             if data.complete:
                 break
         # Ends the workers.
         del decoded_batches
     for pairs in itertools.chain(ahead, pending):
-        yield pinned(data.fetch([index for _, index in pairs], [epoch for epoch, _ in pairs]), pin)
+        yield data.fetch([index for _, index in pairs], [epoch for epoch, _ in pairs])
 
 
 def _worker_loader(data: ImageData, pending: Iterator, ahead: deque, num_workers: int) -> torch.utils.data.DataLoader:

@@ -9,6 +9,14 @@ import datasets
 import numpy as np
 from PIL import ImageColor
 
+from hf_diffusion.data.captions import (
+    CaptionCoder,
+    Captions,
+    captions_of_classes,
+    find_caption_column,
+    missing_remark,
+    read_captions,
+)
 from hf_diffusion.data.columns import (
     as_images,
     class_remarks,
@@ -17,10 +25,11 @@ from hf_diffusion.data.columns import (
     label_remarks,
     read_labels,
 )
+from hf_diffusion.data.decoding import brief_name
 from hf_diffusion.data.image_data import ImageData
 from hf_diffusion.data.probing import PROBED_IMAGES, choose_transform
 from hf_diffusion.data.selection import Split, canonical_name, evenly_spaced
-from hf_diffusion.data.source import AnyDataset
+from hf_diffusion.data.source import AnyDataset, Source
 from hf_diffusion.data.sources import open_source, part_of
 from hf_diffusion.data.streaming import StreamingImageData
 from hf_diffusion.data.transforms import PIL_MODES
@@ -49,6 +58,10 @@ def load_images(
     shuffle_buffer: int = 1000,
     fit_size: tuple[int, int] | None = None,
     background: str = "white",
+    captioned: bool = False,
+    caption_column: str | None = None,
+    caption_templates: Sequence[str] = (),
+    caption_coder: CaptionCoder | None = None,
 ) -> ImageData | StreamingImageData:
     """Open a set of images; what is not given comes from the data.
 
@@ -68,6 +81,8 @@ def load_images(
     fit_size: a resolution for images that do not have this size already.
     background: the colour, by name or as #rrggbb, that transparent images are laid on where C is
         not 4.
+    captioned: each image has captions, those of `caption_column` (None finds it by its name), or
+        one of its class for each of `caption_templates`; `caption_coder` makes conditions of them.
 
     ValueError in one sentence for data that are missing, empty, of mixed size, wrongly labelled or
     unreadable beyond `max_bad_images`; ConnectionError if the Hub cannot be reached.
@@ -103,9 +118,15 @@ def load_images(
         _probe_order(dataset, image_column), resolution, channels, center_crop, max_bad_images, fit_size, background
     )
     remarks += probe.remarks
+    captions = None
+    if captioned:
+        captions = _captions(source, rows, labels, class_names, caption_column, caption_templates, seed)
+        remarks += missing_remark(captions, lambda i: brief_name(dataset[i][image_column], int(rows[i])))
     for remark in remarks[len(source.given) :]:
         logger.warning("%s: %s", source.name, remark)
     facts = {"split": split, "image_column": image_column, "label_column": label_column, "remarks": remarks}
+    if captioned:
+        facts |= {"caption_column": caption_column, "caption_templates": list(caption_templates)}
     if source.splits is not None:
         facts["splits"] = dict(source.splits)
     common = {
@@ -128,11 +149,35 @@ def load_images(
         )
         data.split_rows = (canonical_name(Split.parse(split).name), None if rows is None else np.array(rows))
         return data
-    data = ImageData(dataset, probe.transform, labels=labels, cache_bytes=cache_bytes, **common)
+    data = ImageData(dataset, probe.transform, labels=labels, cache_bytes=cache_bytes, captions=captions, **common)
     data.split_rows = (canonical_name(Split.parse(split).name), rows)
     data.remarks = remarks
     data.record(probe.bad)
+    if caption_coder is not None:
+        data.encode_captions(caption_coder)
     return data
+
+
+def _captions(
+    source: Source,
+    rows: np.ndarray | None,
+    labels: np.ndarray | None,
+    class_names: list[str] | None,
+    column: str | None,
+    templates: Sequence[str],
+    seed: int,
+) -> Captions:
+    """The captions of the rows: of a column, or of the classes."""
+    if rows is None:
+        raise ValueError("the captions of a stream are not known before it is read; leave --streaming out")
+    if templates and labels is None:
+        raise ValueError(
+            f"caption_template makes captions of class names, and {source.name} has no classes; name their column by "
+            "--label_column, or a column of captions by --caption_column"
+        )
+    if templates:
+        return captions_of_classes(templates, class_names, labels, seed)
+    return read_captions(source.dataset, find_caption_column(source.dataset.features, column), rows, seed)
 
 
 def _checked_options(

@@ -5,6 +5,7 @@ zip and a tar of the same files give the same images, classes and splits.
 """
 
 import os
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
@@ -12,7 +13,7 @@ from pathlib import Path, PurePosixPath
 
 from PIL import Image
 
-from hf_diffusion.data.addresses import entry_address, tar_entries, zip_entries
+from hf_diffusion.data.addresses import entry_address, shown, tar_entries, zip_entries
 from hf_diffusion.data.selection import SPLIT_NAMES, canonical_name
 
 
@@ -20,9 +21,12 @@ METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet", "dataset.json"
 # Files of a webdataset that stand beside an image of the same name, and files that describe the
 # whole.
 SIDECARS = (".cls", ".txt", ".json", ".md", ".csv", ".jsonl", ".yaml", ".yml")
+TABLES = (".csv", ".tsv", ".jsonl", ".parquet")
 NOT_DATA = ("__MACOSX", "__pycache__", "Thumbs.db", "desktop.ini")
 # What this package writes into an output_dir: pictures in such a folder were drawn by a model.
-OF_A_RUN = {"metrics.jsonl", "data_preview.png"}
+OF_A_RUN = {"metrics.jsonl", "data_preview.png", "data_preview.txt"}
+# What shards are told apart by: train-00000-of-00002, part_3, 017.
+NUMBERS = re.compile(r"[-_. ]*\d+([-_. ]*of[-_. ]*\d+)?$")
 MOST_NAMED = 3
 
 
@@ -47,6 +51,8 @@ def image_extensions() -> frozenset[str]:
 
 def list_folder(root: Path) -> Listing:
     """List a folder with all folders below it, also those that links lead to, each once."""
+    # Addresses are absolute: a relative path is one of a table, whose folder nobody knows.
+    root = os.path.abspath(root)
     addresses, seen, empty, remarks = {}, set(), [], []
     unreadable: list[str] = []
     walk = os.walk(
@@ -54,7 +60,7 @@ def list_folder(root: Path) -> Listing:
     )
     for folder, inner, files in walk:
         real = os.path.realpath(folder)
-        if folder != str(root) and OF_A_RUN & set(files):
+        if folder != root and OF_A_RUN & set(files):
             remarks.append(
                 f"left out the folder {os.path.relpath(folder, root)}, which is the output of a training run"
             )
@@ -67,7 +73,7 @@ def list_folder(root: Path) -> Listing:
         seen.add(real)
         if not inner and not files and os.path.basename(folder) not in NOT_DATA:
             empty.append(os.path.relpath(folder, root))
-        prefix = "" if folder == str(root) else os.path.relpath(folder, root).replace(os.sep, "/") + "/"
+        prefix = "" if folder == root else os.path.relpath(folder, root).replace(os.sep, "/") + "/"
         for file in files:
             addresses[prefix + file] = os.path.join(folder, file)
     if unreadable:
@@ -77,19 +83,45 @@ def list_folder(root: Path) -> Listing:
     return _sorted_out(addresses, remarks)
 
 
-def list_archives(paths: Sequence[Path]) -> Listing:
-    """List one or several zips or tars as one root; ValueError for a zip that cannot be read."""
+def list_archives(paths: Sequence[Path], root: Path | None = None) -> Listing:
+    """List one or several zips or tars as one root; ValueError for one that cannot be read.
+
+    Several of them, below `root`, are like folders of their names: train.zip is a split, cat.zip a
+    class. Names that differ in numbers only are parts of one set.
+    """
     addresses, twice = {}, []
-    for path in paths:
-        archive = os.path.abspath(path)
+    folders, remarks = _folders_of_archives(paths, root)
+    for path, folder in zip(paths, folders):
+        archive, own = os.path.abspath(path), set()
         for name in (zip_entries if path.suffix.lower() == ".zip" else tar_entries)(archive):
             # Written by Windows, which takes both; and a "/" or "./" at the beginning is no folder.
-            plain = name.replace("\\", "/").lstrip("/").removeprefix("./")
-            if plain in addresses:
+            plain = folder + name.replace("\\", "/").lstrip("/").removeprefix("./")
+            if plain in own:
                 twice.append(plain)
+            elif plain in addresses and os.path.splitext(plain)[1].lower() in image_extensions():
+                raise ValueError(
+                    f"{shown(addresses[plain])} and {path.name} both hold {name}; unpack them into folders of their "
+                    "own, or give the files other names"
+                )
+            own.add(plain)
             addresses[plain] = entry_address(archive, name)
-    remarks = [f"of {counted(twice, 'name')} given twice the last file is taken"] if twice else []
+    remarks += [f"of {counted(twice, 'name')} given twice the last file is taken"] if twice else []
     return _sorted_out(addresses, remarks)
+
+
+def _folders_of_archives(paths: Sequence[Path], root: Path | None) -> tuple[list[str], list[str]]:
+    """The folder, "" or ending in "/", that each archive stands for, and remarks."""
+    if len(paths) == 1 or root is None:
+        return [""] * len(paths), []
+    names = [path.relative_to(root).with_suffix("").as_posix() for path in paths]
+    without_numbers = [NUMBERS.sub("", name) for name in names]
+    parts = [name.rpartition("/")[2] for name in without_numbers]
+    # The name of a set that comes in parts is no class of it.
+    if len(set(without_numbers)) == 1 and canonical_name(parts[0]) not in ("validation", "test", "eval"):
+        without_numbers = [name.rpartition("/")[0] for name in without_numbers]
+    folders = [f"{name}/" if name and not name.endswith("/") else name for name in without_numbers]
+    joined = [path.name for path, folder in zip(paths, folders) if folders.count(folder) > 1]
+    return folders, [f"read as parts of one set: {counted(joined, 'archive')}"] if joined else []
 
 
 def _sorted_out(addresses: Mapping[str, str], remarks: list[str]) -> Listing:
@@ -98,7 +130,7 @@ def _sorted_out(addresses: Mapping[str, str], remarks: list[str]) -> Listing:
     if strange:
         shown = [name.encode("utf-8", "backslashreplace").decode() for name in strange]
         listing.remarks.append(f"left out {counted(shown, 'file')} whose names are not UTF-8")
-    hidden, strange = [], []
+    hidden, strange, tables = [], [], []
     for name in listing.addresses:
         if any(part.startswith(".") or part in NOT_DATA for part in name.split("/")):
             hidden.append(name)
@@ -108,9 +140,13 @@ def _sorted_out(addresses: Mapping[str, str], remarks: list[str]) -> Listing:
         else:
             listing.others.append(name)
             base, extension = os.path.splitext(name.rsplit("/", 1)[-1])
-            if extension.lower() not in SIDECARS and base not in ("LICENSE", "README"):
+            if extension.lower() in TABLES and base + extension not in METADATA:
+                tables.append(name)
+            elif extension.lower() not in SIDECARS and base not in ("LICENSE", "README"):
                 strange.append(name)
     listing.remarks += [f"left out {counted(strange, 'file')} without an image's extension"] if strange else []
+    if tables and listing.images:
+        listing.remarks.append(f"{counted(tables, 'table')} not read; labels are taken from {', '.join(METADATA[:3])}")
     pictures = [name for name in hidden if os.path.splitext(name)[1].lower() in image_extensions()]
     listing.remarks += [f"left out {counted(pictures, 'hidden file')}"] if pictures else []
     return listing

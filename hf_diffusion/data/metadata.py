@@ -5,6 +5,7 @@ import io
 import json
 import os
 import posixpath
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -28,20 +29,24 @@ def read_metadata(listing: Listing, images: Sequence[str], folder: str) -> tuple
         if posixpath.basename(name) not in METADATA or not (name.startswith(folder) or folder.startswith(own)):
             continue
         rows = _rows(listing.addresses[name], posixpath.basename(name))
-        missing, found = [], 0
+        missing, twice, named = [], [], set()
         for row in rows:
             file = row.pop("file_name")
             place = places.get(posixpath.normpath(posixpath.join(posixpath.dirname(name), file)))
             if place is None:
                 missing.append(file)
                 continue
-            found += 1
+            if place in named:
+                twice.append(file)
+            named.add(place)
             for key, value in row.items():
                 columns.setdefault(key, [None] * len(images))[place] = value
-        if rows and not found and own == folder:
+        if rows and not named and own == folder:
             raise ValueError(f"{shown(listing.addresses[name])} names no image that is there, such as {missing[0]!r}")
-        if missing and found:
+        if missing and named:
             remarks.append(f"{name} names {counted(missing, 'file')} that are not there")
+        if twice:
+            remarks.append(f"{name} names {counted(twice, 'image')} more than once, of which the last row is taken")
     remarks += _add_sidecars(listing, images, columns)
     return {name: _typed(values) for name, values in columns.items()}, remarks
 
@@ -61,33 +66,55 @@ def _rows(address: str, name: str) -> list[dict[str, Any]]:
             labels = (json.loads(data) or {}).get("labels") or []
             rows = [{"file_name": name, "label": label} for name, label in labels]
         rows = [dict(row) for row in rows]
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{shown(address)} is not text in UTF-8; save it as UTF-8, or remove it") from error
     except (OSError, ValueError, TypeError, AttributeError, csv.Error, pa.ArrowInvalid) as error:
         reason = " ".join(str(error).split())
         raise ValueError(f"{shown(address)} cannot be read: {reason[:200]}; repair or remove it") from error
     if any(not isinstance(row.get("file_name"), str) for row in rows):
-        raise ValueError(f"{shown(address)} needs a column file_name with the name of an image in every row")
+        has = ", ".join(map(str, rows[0]))
+        raise ValueError(
+            f"{shown(address)} needs a column file_name with the name of an image in every row; its columns are {has}"
+        )
     return rows
 
 
 def _add_sidecars(listing: Listing, images: Sequence[str], columns: dict[str, list]) -> list[str]:
-    """Add the labels of .cls files, as webdatasets have them: one beside each image."""
-    by_stem = {os.path.splitext(name)[0]: name for name in listing.others if name.lower().endswith(".cls")}
-    if not by_stem:
-        return []
+    """Add the labels of webdatasets: a .cls file beside each image, or "label" in a .json."""
     # The key of a webdataset ends at the first dot of the file's name.
     stems = [posixpath.join(posixpath.dirname(n), posixpath.basename(n).split(".")[0]) for n in images]
-    without = [name for name, stem in zip(images, stems) if stem not in by_stem]
-    if without:
-        return [f"no classes: {counted(without, 'image')} without a .cls file"]
-    if "label" not in columns:
-        read = (read_bytes(listing.addresses[by_stem[stem]]) for stem in stems)
-        columns["label"] = [data.decode("utf-8", "replace").strip() for data in read]
+    for ending, label_of in ((".cls", _text), (".json", _label_in_json)):
+        by_stem = {
+            os.path.splitext(name)[0]: name
+            for name in listing.others
+            if name.lower().endswith(ending) and posixpath.basename(name) not in METADATA
+        }
+        without = [name for name, stem in zip(images, stems) if stem not in by_stem]
+        if "label" in columns or len(without) == len(images) or (without and ending == ".json"):
+            continue
+        if without:
+            return [f"no classes: {counted(without, 'image')} without a .cls file"]
+        labels = [label_of(read_bytes(listing.addresses[by_stem[stem]])) for stem in stems]
+        if any(label is not None for label in labels):
+            columns["label"] = labels
     return []
 
 
+def _text(data: bytes) -> str:
+    return data.decode("utf-8", "replace").strip()
+
+
+def _label_in_json(data: bytes) -> Any:
+    try:
+        facts = json.loads(data)
+    except ValueError:
+        return None
+    return facts.get("label") if isinstance(facts, dict) else None
+
+
 def _typed(values: list) -> list:
-    """Numbers written as text, as a .csv has them, become integers."""
+    """Numbers written as text, as a .csv has them, become integers; 01 beside 1 is no number."""
     texts = [value for value in values if value is not None]
-    if texts and all(isinstance(v, str) and v.strip().lstrip("-").isdigit() for v in texts):
+    if texts and all(isinstance(v, str) and re.fullmatch(r" *(0|-?[1-9]\d*) *", v) for v in texts):
         return [None if value is None else int(value) for value in values]
     return values

@@ -14,6 +14,8 @@ from hf_diffusion.data.transforms import ImageTransform
 PROBED_IMAGES = 64
 # The largest values of 8, 10, 12, 14 and 16 bits, which cameras and scanners store in 16.
 WHITES = (255, 1023, 4095, 16383, 65535)
+# Images of 8 bits without a brighter pixel are masks or indices more often than photographs.
+DARK = 63
 
 
 class Probe(NamedTuple):
@@ -41,7 +43,7 @@ def choose_transform(
     decoded.
     """
     sizes, formats, modes, bad, remarks = {}, [], set(), {}, []
-    highest, transparent = 0, False
+    highest, brightest, transparent = 0, 0, False
     for count, (index, row) in enumerate(rows):
         if count >= PROBED_IMAGES and sizes:
             break
@@ -57,13 +59,19 @@ def choose_transform(
         sizes.setdefault((image.height, image.width), name)
         modes.add(image.mode)
         transparent |= has_alpha(image)
-        highest = max(highest, _highest(image))
+        if image.mode.startswith("I"):
+            highest = max(highest, int(image.getextrema()[1]))
+        else:
+            brightest = max(brightest, *(high for _, high in image.convert("RGB").getextrema()))
         found = _of_one(image, brief_name(row, index))
         remarks += [remark for remark in found if remark[:20] not in {known[:20] for known in remarks}]
     if not sizes:
         raise ValueError(f"no image can be decoded: {'; '.join(list(bad.values())[:5]) or 'the data set is empty'}")
     if fit_size is not None and set(sizes) != {tuple(fit_size)}:
         resolution = tuple(fit_size)
+        (height, width), *more = sizes
+        others = f" and {len(more)} other sizes" if more else ""
+        remarks.append(f"images of {height}x{width}{others} are resized to {resolution[0]}x{resolution[1]} (HxW)")
     if resolution is None and len(sizes) > 1:
         (first, first_name), (other, other_name) = list(sizes.items())[:2]
         raise ValueError(
@@ -81,15 +89,16 @@ def choose_transform(
             f"the highest value of {len(formats)} images of 16 or 32 bits is {highest:,}: "
             f"0..{white:,} is taken for black to white"
         )
+    if bits == 8 and brightest <= DARK:
+        remarks.append(
+            f"the highest value of {len(formats)} images is {brightest} of 255, so that networks see nearly black "
+            "ones; store masks and other small numbers spread over 0..255"
+        )
     if transparent and chosen != 4:
         remarks.append(f"transparent places are laid on {background}")
     if any((found, depth) != (chosen, bits) for found, depth in formats):
         remarks.append(f"images of modes {sorted(modes)} are brought to {chosen} channels of {bits} bits")
     return Probe(transform, bad, remarks)
-
-
-def _highest(image: Image.Image) -> int:
-    return int(image.getextrema()[1]) if image.mode.startswith("I") else 0
 
 
 def _of_one(image: Image.Image, name: str) -> list[str]:

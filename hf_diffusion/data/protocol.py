@@ -5,9 +5,11 @@ from collections.abc import Iterator, Sequence
 from typing import Any, ClassVar
 
 import numpy as np
+import torch
 from PIL import Image
 from torch import Tensor
 
+from hf_diffusion.data.captions import CaptionCoder, Captions
 from hf_diffusion.data.classes import match_classes
 from hf_diffusion.data.selection import evenly_spaced
 from hf_diffusion.randomness import BatchOrder
@@ -34,24 +36,36 @@ class TrainingData(ABC):
     class_names: names by class id; None without classes.
     labels: int64 (num_samples,), the class id of each sample; None without classes and for a
         stream.
+    captions: of the samples, None without; `caption_coder` makes conditions of them.
     split_rows: the split, and which of its rows the samples are, None for all; None without splits.
     remarks: what was left out and what was done on the way, for people.
+    autoencoder: what decodes samples that are latents; None for others.
     """
 
     kind: ClassVar[str]
+    # Values lie in [-1, 1], so a prediction beyond them may be clipped.
+    is_bounded: ClassVar[bool] = True
     name: str
     fingerprint: str
     num_samples: int | None
     sample_shape: tuple[int, ...]
     class_names: list[str] | None = None
     labels: np.ndarray | None = None
+    captions: Captions | None = None
+    caption_coder: CaptionCoder | None = None
     split_rows: tuple[str, np.ndarray | None] | None = None
     remarks: Sequence[str] = ()
+    autoencoder: Any = None
 
     @property
     def num_classes(self) -> int | None:
         """Number of classes; None without classes."""
         return len(self.class_names) if self.class_names else None
+
+    @property
+    def as_drawn(self) -> "TrainingData":
+        """The data in the form that a pipeline draws: images, where samples are latents."""
+        return self
 
     @property
     def why_no_classes(self) -> str | None:
@@ -72,7 +86,9 @@ class TrainingData(ABC):
 
     @abstractmethod
     def fetch(self, indices: Sequence[int], epoch: int | Sequence[int]) -> Batch:
-        """Return "x_0" float32 (B, *sample_shape), "indices" int64 (B,), and conditions.
+        """Return "x_0" (B, *sample_shape), "indices" int64 (B,), and conditions.
+
+        x_0 is float32, and int64 where samples are tokens.
 
         A condition has the name of the network's argument; classes are "labels", int64 (B,).
         `epoch` is one number or one for each index. IndexError for an index outside
@@ -82,12 +98,13 @@ class TrainingData(ABC):
     @abstractmethod
     def picture(
         self, samples: np.ndarray, columns: int | None = None, row_labels: Sequence[str] | None = None
-    ) -> Image.Image:
-        """Show samples of the form of `to_samples`, `columns` a row, with the label of each row."""
+    ) -> Image.Image | str:
+        """Show samples of the form of `to_samples`, `columns` a row, with the label of each row.
 
-    def batches(
-        self, order: BatchOrder, start_step: int, total_steps: int, num_workers: int = 0, pin_memory: bool = False
-    ) -> Iterator[Batch]:
+        As a picture, or as a text where samples are texts.
+        """
+
+    def batches(self, order: BatchOrder, start_step: int, total_steps: int, num_workers: int = 0) -> Iterator[Batch]:
         """Yield this process's micro-batches of these steps, each in memory of its own.
 
         The batches are the same for any `num_workers`, which read ahead where the kind of data has
@@ -95,7 +112,7 @@ class TrainingData(ABC):
         """
         for pairs in order.positions(start_step, total_steps):
             epochs, indices = zip(*pairs)
-            yield pinned(self.fetch(indices, epochs), pin_memory)
+            yield self.fetch(indices, epochs)
 
     def once(self, batch_size: int, limit: int | None = None, num_workers: int = 0) -> Iterator[Batch]:
         """Yield every sample once, or `limit` evenly spaced ones, of a stream the first."""
@@ -103,7 +120,7 @@ class TrainingData(ABC):
         for start in range(0, len(chosen), batch_size):
             yield self.fetch(chosen[start : start + batch_size], 0)
 
-    def preview(self) -> Image.Image:
+    def preview(self) -> Image.Image | str:
         """Show samples as networks see them: a row of each class with its name, or a square."""
         counts = self.class_counts
         if counts is None:
@@ -127,6 +144,12 @@ class TrainingData(ABC):
             named = [name if count is None else f"{name} {count:,}" for name, count in counts.items()]
             more = f" and {len(named) - MOST_NAMED} more" if len(named) > MOST_NAMED else ""
             facts["classes"] = ", ".join(named[:MOST_NAMED]) + more
+        if captions := self.describe().get("captions"):
+            shown = ", ".join(map(repr, captions["examples"]))
+            facts["captions"] = (
+                f"{captions['images_with_a_caption']:,} of {self.num_samples:,} {self.kind} have some, "
+                f"{captions['captions_an_image']} each, {captions['different_captions']:,} different ones, as {shown}"
+            )
         x_0 = next(iter(self.once(PREVIEWED, PREVIEWED)))["x_0"]
         facts["values"] = f"{x_0.min():.3g} to {x_0.max():.3g}, mean {x_0.mean():.3g}, of {len(x_0)} {self.kind}"
         return facts | ({"remarks": "; ".join(self.remarks)} if self.remarks else {})
@@ -137,7 +160,18 @@ class TrainingData(ABC):
 
     def form(self) -> dict[str, Any]:
         """Arguments of `load_data` that give another split this form, without augmentation."""
-        return {}
+        return {} if self.caption_coder is None else {"caption_coder": self.caption_coder}
+
+    def encode_captions(self, coder: CaptionCoder) -> None:
+        """Let batches hold, beside the numbers of captions, what `coder` makes of them."""
+        self.caption_coder, self._caption_rows = coder, coder.rows_of(self.captions.texts)
+
+    def captions_of(self, epochs: np.ndarray, sources: np.ndarray) -> Batch:
+        """The captions that these samples have in these epochs, as a part of a batch."""
+        if self.captions is None:
+            return {}
+        numbers = torch.from_numpy(self.captions.choose(epochs, sources))
+        return {"captions": numbers} | ({} if self.caption_coder is None else self._caption_rows(numbers))
 
     def use_classes(self, names: Sequence[str]) -> None:
         """Number the classes as `names` does; ValueError for a class that is not among them."""
@@ -158,8 +192,3 @@ class TrainingData(ABC):
             "class_names": self.class_names,
             "fingerprint": self.fingerprint,
         }
-
-
-def pinned(batch: Batch, pin: bool) -> Batch:
-    """The batch in pinned memory where `pin` says so, from which a GPU copies without waiting."""
-    return {name: value.pin_memory() for name, value in batch.items()} if pin else batch

@@ -86,7 +86,13 @@ def _one_sentence(name: str) -> Iterator[None]:
             raise
         if not isinstance(error, (datasets.exceptions.DatasetsError, OSError, ValueError, RuntimeError, *_DAMAGED)):
             raise
-        reason = " ".join(str(error.__cause__ or error).split())
+        cause = error.__cause__ or error
+        # Arrow has no type of its own for a damaged file.
+        if isinstance(cause, _DAMAGED) or (type(cause) is OSError and cause.errno is None):
+            raise ValueError(
+                f"data set {name!r} is damaged, incomplete or not of the kind that its name says; fetch or pack anew"
+            ) from error
+        reason = " ".join(str(cause).split())
         raise ValueError(f"data set {name!r} cannot be opened: {reason[:400]}") from error
 
 
@@ -145,12 +151,12 @@ def _open_folder(path: Path, split: str, streaming: bool, cache_dir: str | None)
         return _open_tables(files, path.name, split, streaming, cache_dir)
     archives = [path / name for name in listing.others if Path(name).suffix.lower() in ARCHIVES]
     if archives:
-        return _open_images(list_archives(archives), path, split, streaming)
+        return _open_images(list_archives(archives, path), path, split, streaming)
     raise ValueError(_no_images(path, listing))
 
 
 def _no_images(path: Path, listing: Listing) -> str:
-    there = f"; there are {counted(listing.others, 'file')} of other kinds" if listing.others else ""
+    there = f", but {counted(listing.others, 'file')} of other kinds" if listing.others else ""
     return (
         f"train_data_dir {str(path)!r} holds no images{there}; put files such as .png or .jpg into it, "
         "in one sub-folder for each class if there are classes"
@@ -214,20 +220,28 @@ def _columns(listing: Listing, images: Sequence[str], folder: str) -> tuple[dict
             remarks.append(f"the column {name!r} of the metadata mixes types and is left out")
             continue
         columns[name] = (_known_classes(values) if name == "label" else None, values)
-    if "label" not in columns:
-        labels, remark = classes_of_folders([image[len(folder) :] for image in images])
-        remarks += [remark] if remark else []
-        if labels is not None:
-            columns["label"] = (sorted(set(labels)), labels)
+    labels, remark = classes_of_folders([image[len(folder) :] for image in images])
+    if "label" in columns:
+        if labels is not None and len(set(zip(labels, columns["label"][1]))) > len(set(labels)):
+            remarks.append(f"classes are those of the labels beside the images, not the {len(set(labels))} folders")
+        return columns, remarks
+    remarks += [remark] if remark else []
+    if labels is not None:
+        columns["label"] = (sorted(set(labels)), labels)
     return columns, remarks
 
 
 def _known_classes(values: Sequence) -> list[str] | None:
-    """The class names of labels that are texts or 0..n-1; a stream has to know them before."""
-    found = {value for value in values if value is not None}
-    if found and all(isinstance(value, str) for value in found):
+    """The class names of labels that are texts or 0..n-1; a stream has to know them before.
+
+    None where an image has no label, or one of another kind: reading the column says so.
+    """
+    if not values or not all(isinstance(value, int) or (isinstance(value, str) and value.strip()) for value in values):
+        return None
+    found = set(values)
+    if all(isinstance(value, str) for value in found):
         return sorted(found)
-    return [str(number) for number in range(len(found))] if found == set(range(len(found))) and found else None
+    return [str(number) for number in range(len(found))] if found == set(range(len(found))) else None
 
 
 # Parts

@@ -18,7 +18,7 @@ from hf_diffusion.data.columns import check_label
 from hf_diffusion.data.decoding import deviation, encoded_bytes, image_name, open_image, to_pixels
 from hf_diffusion.data.errors import BadData, CorruptImage, too_many_bad
 from hf_diffusion.data.pixels import image_samples, to_network_range
-from hf_diffusion.data.protocol import Batch, TrainingData, pinned
+from hf_diffusion.data.protocol import Batch, TrainingData
 from hf_diffusion.data.transforms import ImageTransform
 from hf_diffusion.figures.grid import labelled_grid
 from hf_diffusion.randomness import BatchOrder
@@ -98,14 +98,11 @@ class StreamingImageData(TrainingData):
         """TypeError: the images of a stream have no numbers to ask for them by."""
         raise TypeError(f"{self.name} is streamed and cannot be read by index; load it with streaming=False")
 
-    def batches(
-        self, order: BatchOrder, start_step: int, total_steps: int, num_workers: int = 0, pin_memory: bool = False
-    ) -> Iterator[Batch]:
+    def batches(self, order: BatchOrder, start_step: int, total_steps: int, num_workers: int = 0) -> Iterator[Batch]:
         """Yield this process's micro-batches; the stream counts its own way to their place."""
         position = start_step * order.total
         micro_batches = self.stream(position, order.rank, order.processes, order.batch_size, num_workers)
-        for batch in itertools.islice(micro_batches, (total_steps - start_step) * order.accumulation):
-            yield pinned(batch, pin_memory)
+        yield from itertools.islice(micro_batches, (total_steps - start_step) * order.accumulation)
 
     def once(self, batch_size: int, limit: int | None = None, num_workers: int = 0) -> Iterator[Batch]:
         seen = 0

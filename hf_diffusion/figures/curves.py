@@ -70,6 +70,12 @@ ADVERSARIAL_PANELS = (
     Panel("told apart", {"right": ""}, bottom=0, top=1, line=0.5, height=2),
     Panel("max |V|", {"max_abs_v": ""}, bottom=0, height=2),
 )
+AUTOENCODER_PANELS = (
+    Panel("error", {"l1": "|x - r|", "perceptual": "perceptual"}, height=3, logarithmic=True),
+    Panel("critic's loss", {"loss_d": ""}, bottom=0, height=2),
+    Panel("told apart", {"right": ""}, bottom=0, top=1, line=0.5, height=2),
+    LEARNING_RATE,
+)
 
 
 def loss_curve(metrics_jsonl: str | os.PathLike, out_png: str | os.PathLike) -> Path | None:
@@ -80,6 +86,11 @@ def loss_curve(metrics_jsonl: str | os.PathLike, out_png: str | os.PathLike) -> 
 def adversarial_curve(metrics_jsonl: str | os.PathLike, out_png: str | os.PathLike) -> Path | None:
     """Draw losses of a GAN, what its discriminator tells apart, max |V|; see `plot_curves`."""
     return plot_curves(metrics_jsonl, out_png, ADVERSARIAL_PANELS)
+
+
+def autoencoder_curve(metrics_jsonl: str | os.PathLike, out_png: str | os.PathLike) -> Path | None:
+    """Draw errors of reconstructions, and what a critic tells apart; see `plot_curves`."""
+    return plot_curves(metrics_jsonl, out_png, AUTOENCODER_PANELS)
 
 
 def plot_curves(

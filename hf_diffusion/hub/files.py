@@ -13,6 +13,7 @@ from hf_diffusion.hub.card_format import pictures
 
 INDEX, CARD = "model_index.json", "README.md"
 CHECKPOINT = "last-checkpoint"  # in the repository; pushed only where `--hub_strategy checkpoint` asks for it
+SPACE_MODEL = "model"  # the folder of a Space that carries its model
 ROOT_FILES = (CARD, "LICENSE", "LICENSE.md", "config.yaml", "metrics.json", "loss_curve.png")
 SETTINGS_AND_RESULTS = ("config.yaml", "metrics.json")
 # Of a component; no pickle, whatever its name. A *.model is a tokenizer's table, which
@@ -21,7 +22,7 @@ PART_FILES = ("*.json", "*.safetensors", "*.txt", "*.model", "*.py")
 # .bin and .pkl are in a checkpoint only.
 NO_TEXT = (".safetensors", ".bin", ".pkl")
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".gif")
-GRID = re.compile(r"samples/(ema|raw)-\d+\.png")
+GRID = re.compile(r"samples/(ema|raw)-\d+\.(png|txt)")
 # Of a component or a module: an index may come from anywhere, and name "../.ssh".
 NAME = re.compile(r"[A-Za-z]\w*")
 TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{20,}\b")
@@ -89,9 +90,9 @@ def checkpoint_files(checkpoint: Path) -> dict[str, Path]:
 
 
 def newest_grid(folder: Path) -> list[Path]:
-    """The last grid of a run, of the averaged weights if there are any; empty without grids."""
-    grids = sorted((folder / "samples").glob("ema-*.png")) or sorted((folder / "samples").glob("raw-*.png"))
-    return grids[-1:]
+    """The last grid or texts of a run, of the averaged weights if there are any; empty without."""
+    shown = sorted(file for file in (folder / "samples").glob("*-*") if GRID.fullmatch(f"samples/{file.name}"))
+    return ([file for file in shown if file.name.startswith("ema")] or shown)[-1:]
 
 
 def step_tag(step: int) -> str:
@@ -107,6 +108,8 @@ def is_stale(path: str, files: Iterable[str]) -> bool:
     """
     if path in files:
         return False
+    if path.startswith(f"{SPACE_MODEL}/"):
+        return f"{SPACE_MODEL}/{INDEX}" in files
     if "/" not in path:
         return "config.json" in files and path.endswith((".safetensors", ".safetensors.index.json"))
     parts = {name.split("/")[0] for name in files if "/" in name and name.split("/")[1].endswith("config.json")}

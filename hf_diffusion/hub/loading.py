@@ -1,7 +1,9 @@
 """Folders and repositories of pipelines: fetching them, and finding the class of every part."""
 
+import functools
 import importlib
 import json
+import logging
 import math
 import os
 import re
@@ -11,7 +13,7 @@ from pathlib import Path
 
 from diffusers import DiffusionPipeline, ModelMixin, SchedulerMixin
 from diffusers.utils import DIFFUSERS_DYNAMIC_MODULE_NAME
-from huggingface_hub import HfApi, hf_hub_download, snapshot_download
+from huggingface_hub import HfApi, hf_hub_download, snapshot_download, try_to_load_from_cache
 from huggingface_hub.errors import (
     EntryNotFoundError,
     LocalEntryNotFoundError,
@@ -22,6 +24,7 @@ from huggingface_hub.errors import (
 from hf_diffusion.hub.download import fetch_and_verify, patiently, verify_download
 
 
+logger = logging.getLogger(__name__)
 INDEX = DiffusionPipeline.config_name
 # Parts of these are loaded from there, whatever the package has.
 LIBRARIES = ("diffusers", "transformers")
@@ -29,6 +32,8 @@ LIBRARIES = ("diffusers", "transformers")
 NOT_FETCHED = ["*.py", "*.bin", "*.ckpt", "*.h5", "*.msgpack", "*.onnx", "*.pkl", "*.pt", "*.pth"]
 # Of a part: an index may come from anywhere, and name "../.ssh".
 NAME = re.compile(r"[A-Za-z]\w*")
+# Seconds: without a network nobody wants to wait for the answer to a mistyped folder.
+BRIEFLY = 5.0
 KINDS = (ModelMixin, SchedulerMixin)
 WHERE = ("subfolder", "revision", "token", "cache_dir", "local_files_only", "force_download")
 
@@ -116,24 +121,35 @@ def find_index(
     """
     if os.path.isdir(name_or_path):
         file = Path(name_or_path) / (subfolder or "") / INDEX
+        unfinished = unfinished_run(file.parent)
         if not file.is_file():
-            raise ValueError(f"the folder {str(file.parent)!r} holds no pipeline: it has no {INDEX}")
+            why = f"it has no {INDEX}" if unfinished is None else f"{unfinished}, which writes its pipeline at the end"
+            raise ValueError(f"the folder {str(file.parent)!r} holds no pipeline: {why}")
+        if unfinished is not None:
+            _warn_once(f"{file.parent}: the pipeline is of an earlier end; {unfinished}")
         return file
     repo_id = str(name_or_path)
+    if os.path.exists(repo_id):
+        raise ValueError(f"{repo_id!r} is a file; give the folder of a pipeline, or 'user/repository' on the Hub")
     if repo_id.count("/") > 1 or repo_id.startswith((".", "/", "~")):
         raise ValueError(f"{repo_id!r} is neither a folder here nor a name of the form 'user/repository' on the Hub")
     parent = Path(repo_id).parent
     if "/" in repo_id and parent.is_dir():
-        # Asking the Hub for it would take a minute without a network.
-        raise ValueError(
-            f"there is no folder {repo_id!r}, though {str(parent)!r} is one here; give a folder that is there, or ask "
-            f"the Hub for the repository {repo_id!r} from another folder"
-        )
+        # A folder mistyped, or a repository whose owner has the name of a folder here.
+        if not _is_on_the_hub(repo_id, revision, where.get("token"), where.get("cache_dir")):
+            raise ValueError(
+                f"there is no folder {repo_id!r}, though {str(parent)!r} is one here, and no repository of this name "
+                "was found on the Hub; give a folder that is there, or look whether the Hub can be reached"
+            )
+        _warn_once(f"{repo_id} is taken from the Hub: {str(parent)!r} is a folder here, but does not hold it")
     try:
         options = {"subfolder": subfolder, "revision": revision, **where}
         return Path(patiently(lambda: hf_hub_download(repo_id, INDEX, **options)))
     except LocalEntryNotFoundError as error:  # before EntryNotFoundError, of which it is a kind
-        raise OSError(f"the Hub could not be asked for {repo_id!r}, and it is not in the cache") from error
+        raise OSError(
+            f"there is no folder {repo_id!r} here, and the Hub could not be asked for {repo_id!r}, and it is not in "
+            "the cache"
+        ) from error
     except RevisionNotFoundError as error:
         raise OSError(f"{repo_id!r} has no branch, tag or commit {revision!r}") from error
     except RepositoryNotFoundError as error:
@@ -144,6 +160,44 @@ def find_index(
     except EntryNotFoundError as error:
         where = f" in its folder {subfolder!r}" if subfolder else ""
         raise OSError(f"the repository {repo_id!r} holds no pipeline{where}: it has no {INDEX}") from error
+
+
+@functools.cache
+def _warn_once(sentence: str) -> None:
+    # Loading asks for the index more than once.
+    logger.warning(sentence)
+
+
+def _is_on_the_hub(repo_id: str, revision: str | None, token: str | None, cache_dir: str | None) -> bool:
+    """Whether the cache or the Hub has a repository, asked once and briefly."""
+    if isinstance(try_to_load_from_cache(repo_id, INDEX, cache_dir=cache_dir, revision=revision), str):
+        return True
+    try:
+        HfApi(token=token).repo_info(repo_id, timeout=BRIEFLY)
+        return True
+    # Whatever goes wrong, the folder is not there.
+    except Exception:
+        return False
+
+
+def unfinished_run(folder: Path) -> str | None:
+    """In words, that a training run in a folder has not come to its end, and what to do."""
+    manifests = sorted(
+        folder.glob("checkpoint-[0-9]*/manifest.json"), key=lambda file: (len(file.parent.name), file.parent.name)
+    )
+    try:
+        run = json.loads(manifests[-1].read_text(encoding="utf-8"))
+        step, total = int(run["step"]), int(run["total_steps"])
+    except (IndexError, OSError, ValueError, KeyError, TypeError):
+        return None
+    index = folder / INDEX
+    # A run may also have been ended at the step of its newest checkpoint.
+    if index.is_file() and (step >= total or index.stat().st_mtime >= manifests[-1].stat().st_mtime):
+        return None
+    return (
+        f"its run has come to step {step:,} of {total:,}; go on by its command with --resume_from_checkpoint latest, "
+        f"to which --max_train_steps {step} adds that it ends there"
+    )
 
 
 def download_pipeline(name_or_path: str | os.PathLike, options: dict) -> Path:

@@ -16,8 +16,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard, get_token, hf_hub_url
+from huggingface_hub.constants import REPO_TYPES_URL_PREFIXES
 from huggingface_hub.errors import LocalTokenNotFoundError
-from huggingface_hub.hf_api import ModelInfo, RepoFile
+from huggingface_hub.hf_api import ModelInfo, RepoFile, SpaceInfo
 from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
 
 from hf_diffusion.hub import errors
@@ -67,6 +68,7 @@ class Push:
     message: str = "Push with hf_diffusion"
     tag: str | None = None
     private: bool = True
+    repo_type: str = "model"
     _checksums: dict[str, tuple[str, str]] = field(default_factory=dict, repr=False)
 
     def checksums(self, path: str) -> tuple[str, str]:
@@ -120,15 +122,15 @@ def push(
                 wait = min(2 * wait, patience.longest_wait)
 
 
-def check_write_access(repo_id: str, private: bool = True, api: HfApi | None = None) -> str:
+def check_write_access(repo_id: str, private: bool = True, api: HfApi | None = None, repo_type: str = "model") -> str:
     """The full name of a repository, made if there is none; PushError where writing is refused."""
     api = api or HfApi()
     try:
         if not (api.token or get_token()):
             raise LocalTokenNotFoundError
         with bounded_requests():
-            repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-            api.auth_check(repo_id, write=True)
+            repo_id = _created(api, repo_id, private, repo_type)
+            api.auth_check(repo_id, write=True, repo_type=repo_type)
     except Exception as error:
         raise PushError(in_one_sentence(error, repo_id), final=not is_transient(error)) from error
     return repo_id
@@ -149,12 +151,19 @@ def check_license(license: str | None) -> None:
         raise PushError(in_one_sentence(error, "the card"), final=not is_transient(error)) from error
 
 
+def _created(api: HfApi, repo_id: str, private: bool, repo_type: str) -> str:
+    """The full name of a repository, which is made where there is none."""
+    sdk = {"space_sdk": "gradio"} if repo_type == "space" else {}
+    return api.create_repo(repo_id, repo_type=repo_type, private=private, exist_ok=True, **sdk).repo_id
+
+
 def _attempt(what: Push, api: HfApi) -> Pushed:
-    repo_id = api.create_repo(what.repo_id, private=what.private, exist_ok=True).repo_id
-    head = api.model_info(repo_id)
+    kind = {"repo_type": what.repo_type}
+    repo_id = _created(api, what.repo_id, what.private, what.repo_type)
+    head = api.repo_info(repo_id, **kind)
     there = {
         entry.path: entry
-        for entry in api.list_repo_tree(repo_id, recursive=True, revision=head.sha)
+        for entry in api.list_repo_tree(repo_id, recursive=True, revision=head.sha, **kind)
         if isinstance(entry, RepoFile)
     }
     card = _merged_card(what, api, repo_id, head.sha, there.get(CARD)) if CARD in what.files else None
@@ -171,11 +180,14 @@ def _attempt(what: Push, api: HfApi) -> Pushed:
         # since its parent is no longer the head.
         commit = within(
             errors.UPLOAD_TIME + sum(file.stat().st_size for file in what.files.values()) / errors.SLOWEST_RATE,
-            lambda: api.create_commit(repo_id, operations, commit_message=what.message, parent_commit=head.sha).oid,
+            lambda: (
+                api.create_commit(repo_id, operations, commit_message=what.message, parent_commit=head.sha, **kind).oid
+            ),
         )
-        _compare(api, repo_id, commit, wanted)
+        _compare(api, repo_id, commit, wanted, what.repo_type)
     notes = [*_visibility_notes(what, head), *_set_tag(what, api, repo_id, commit)]
-    return Pushed(repo_id, commit, f"{api.endpoint}/{repo_id}", tuple(notes))
+    prefix = REPO_TYPES_URL_PREFIXES.get(what.repo_type, "")
+    return Pushed(repo_id, commit, f"{api.endpoint}/{prefix}{repo_id}", tuple(notes))
 
 
 def _merged_card(what: Push, api: HfApi, repo_id: str, head: str, there: RepoFile | None) -> bytes:
@@ -189,7 +201,7 @@ def _merged_card(what: Push, api: HfApi, repo_id: str, head: str, there: RepoFil
         return merge_cards(
             "", mine
         ).encode()  # in the form that later merges have, so that pushing again changes nothing
-    url = hf_hub_url(repo_id, CARD, revision=head, endpoint=api.endpoint)
+    url = hf_hub_url(repo_id, CARD, repo_type=what.repo_type, revision=head, endpoint=api.endpoint)
     answer = get_session().get(url, headers=build_hf_headers(token=api.token), follow_redirects=True)
     hf_raise_for_status(answer)
     if not _is_same(there, _checksums(answer.content)):
@@ -217,15 +229,16 @@ def _is_same(there: RepoFile, checksums: tuple[str, str]) -> bool:
     return there.lfs.sha256 == sha256 if there.lfs else there.blob_id == git
 
 
-def _compare(api: HfApi, repo_id: str, commit: str, wanted: dict[str, tuple[str, str]]) -> None:
+def _compare(api: HfApi, repo_id: str, commit: str, wanted: dict[str, tuple[str, str]], repo_type: str) -> None:
     """ChecksumMismatch unless the commit has every file as it was sent: any can be damaged."""
-    there = {entry.path: entry for entry in api.get_paths_info(repo_id, list(wanted), revision=commit)}
+    found = api.get_paths_info(repo_id, list(wanted), revision=commit, repo_type=repo_type)
+    there = {entry.path: entry for entry in found}
     bad = [path for path, sums in wanted.items() if path not in there or not _is_same(there[path], sums)]
     if bad:
         raise ChecksumMismatch(f"{', '.join(bad)} in {repo_id} differ from what was sent")
 
 
-def _visibility_notes(what: Push, head: ModelInfo) -> list[str]:
+def _visibility_notes(what: Push, head: ModelInfo | SpaceInfo) -> list[str]:
     """A repository keeps the visibility that it was created with, whatever is asked for now."""
     if what.private and not head.private:
         return [f"{head.id} was there already and is public: everybody can see this push"]
@@ -238,9 +251,9 @@ def _set_tag(what: Push, api: HfApi, repo_id: str, commit: str) -> list[str]:
     """Tag the commit; a tag of another commit stays there, since somebody may have pinned it."""
     if what.tag is None:
         return []
-    marked = {ref.name: ref.target_commit for ref in api.list_repo_refs(repo_id).tags}
+    marked = {ref.name: ref.target_commit for ref in api.list_repo_refs(repo_id, repo_type=what.repo_type).tags}
     if what.tag not in marked:
-        api.create_tag(repo_id, tag=what.tag, revision=commit)
+        api.create_tag(repo_id, tag=what.tag, revision=commit, repo_type=what.repo_type)
         return []
     if marked[what.tag] == commit:
         return []

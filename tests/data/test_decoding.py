@@ -147,6 +147,22 @@ def test_images_of_16_and_32_bits_have_the_range_that_the_set_has(tmp_path, top,
     assert data.describe()["white"] == white
 
 
+@pytest.mark.parametrize(
+    ("values", "name", "found"), [((0, 99_999), "0.tif", "0 to 99,999"), ((-3, 500), "1.tif", "-3 to 500")]
+)
+def test_values_beyond_16_bits_are_refused_when_the_set_is_opened(tmp_path, values, name, found):
+    Image.fromarray(np.array([values], np.int32)).save(tmp_path / name)
+    with pytest.raises(ValueError, match=rf"{name}.* has 32-bit pixels from {found}, outside 0\.\.65,535; store"):
+        load_images(train_data_dir=str(tmp_path))
+
+
+@pytest.mark.parametrize(("highest", "mode", "dark"), [(1, "L", True), (63, "RGB", True), (64, "RGB", False)])
+def test_masks_and_indices_in_8_bits_are_told_to_be_nearly_black(tmp_path, highest, mode, dark):
+    Image.new(mode, (2, 2), highest if mode == "L" else (0, 0, highest)).save(tmp_path / "0.png")
+    remarks = load_images(train_data_dir=str(tmp_path)).describe()["remarks"]
+    assert (f"the highest value of 1 images is {highest} of 255" in "".join(remarks)) == dark
+
+
 def test_an_image_beyond_the_range_of_the_set_is_left_out_and_named(tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(data_module, "PROBED_IMAGES", 1)
     monkeypatch.setattr(data_probing, "PROBED_IMAGES", 1)

@@ -203,7 +203,7 @@ def test_empty_sets_stop_at_once(tmp_path):
         with pytest.raises(ValueError, match=r"split 'train' of none.parquet holds nothing; train has 0 rows"):
             load_images(train_data_dir=str(path), streaming=streaming)
     (tmp_path / "zero.parquet").write_bytes(b"")
-    with pytest.raises(ValueError, match=r"zero\.parquet' cannot be opened: "):
+    with pytest.raises(ValueError, match=r"zero\.parquet' is damaged, incomplete or not"):
         load_images(train_data_dir=str(tmp_path / "zero.parquet"))
 
 

@@ -1,6 +1,7 @@
 """What lies in a folder or an archive arrives, and what is left out is named."""
 
 import io
+import json
 import os
 import struct
 import tarfile
@@ -14,7 +15,7 @@ from PIL import Image
 from hf_diffusion.data.addresses import entry_address, read_bytes, shown
 from hf_diffusion.data.loading import load_data
 from hf_diffusion.data.splits import load_unaugmented
-from tests.data.making import folder_of, labelled_parquet, noise_image, parquet_of, png, truncate, zip_of
+from tests.data.making import folder_of, labelled_parquet, noise_image, parquet_of, png, same, truncate, zip_of
 
 
 RED, BLUE = Image.new("RGB", (4, 4), (255, 0, 0)), Image.new("RGB", (4, 4), (0, 0, 255))
@@ -265,6 +266,8 @@ STYLEGAN = '{"labels": [["00000/0.png", 1], ["00000/1.png", 0], ["00000/2.png", 
           '{"file_name": "2.png", "label": "oak"}\n'}, ["ash", "oak"], [1, 0, 1]),
         ({"dataset.json": STYLEGAN}, ["0", "1"], [1, 0, 1]),
         ({"0.cls": "1", "1.cls": "0\n", "2.cls": "1"}, ["0", "1"], [1, 0, 1]),
+        ({f"{i}.json": json.dumps({"label": ["ash", "oak"][i != 1]}) for i in range(3)}, ["ash", "oak"], [1, 0, 1]),
+        ({"metadata.csv": "file_name,label\n0.png,01\n1.png,1\n2.png,01\n"}, ["01", "1"], [0, 1, 0]),
     ],
 )  # fmt: skip
 def test_labels_beside_the_images_are_read_from_zip_tar_and_folder(tmp_path, files, names, labels):
@@ -297,12 +300,71 @@ def test_labels_beside_the_images_are_read_from_zip_tar_and_folder(tmp_path, fil
         ("metadata.jsonl", "{", r"metadata\.jsonl cannot be read: .*; repair or remove it"),
         ("metadata.csv", "file_name,label\nx.png,1\n", "names no image that is there, such as 'x.png'"),
         ("metadata.csv", "file_name,label\n0.png,a\n", "row 1 has no label in column 'label'"),
+        (
+            "metadata.csv",
+            b"file_name,label\n0.png,H\xfctte\n",
+            r"metadata\.csv is not text in UTF-8; save it as UTF-8",
+        ),
     ],
 )
 def test_metadata_that_do_not_fit_are_refused_in_one_sentence(tmp_path, name, content, message):
     files = {f"{seed}.png": png(noise_image(seed)) for seed in range(2)}
     with pytest.raises(ValueError, match=message):
         load(zip_of(tmp_path / "a.zip", {**files, name: content}))
+
+
+def test_labels_from_two_places_or_of_no_class_are_told(tmp_path):
+    files = {f"{folder}/{seed}.png": png(noise_image(seed)) for folder in ("cat", "dog") for seed in range(2)}
+    rows = "".join(f"{name},{'xy'[place % 2]}\n" for place, name in enumerate(files))
+    both = load(zip_of(tmp_path / "a.zip", {**files, "metadata.csv": "file_name,label\n" + rows + "cat/0.png,y\n"}))
+    assert both.class_names == ["x", "y"] and both.labels.tolist() == [1, 1, 0, 1]
+    assert "classes are those of the labels beside the images, not the 2 folders" in remarks(both)
+    assert "metadata.csv names 1 image (cat/0.png) more than once, of which the last row is taken" in remarks(both)
+    other = load(zip_of(tmp_path / "b.zip", {"0.png": png(RED), "labels.csv": "file_name,label\n0.png,a\n"}))
+    assert "1 table (labels.csv) not read; labels are taken from metadata.csv" in remarks(other)
+    vectors = {"a/0.png": png(RED), "dataset.json": '{"labels": [["a/0.png", [0, 1]]]}'}
+    data = load(zip_of(tmp_path / "c.zip", vectors))
+    assert data.class_names is None and "no classes: column 'label' is of type List" in data.why_no_classes
+    unlabelled = {"0.png": png(RED), "1.png": png(RED), "metadata.csv": "file_name,label\n0.png,a\n"}
+    with pytest.raises(ValueError, match="whose classes are unknown before the stream was read"):
+        load(zip_of(tmp_path / "d.zip", unlabelled), streaming=True)
+
+
+# Archives in a folder
+
+
+def test_archives_in_a_folder_are_like_folders_of_their_names(tmp_path):
+    def zips(where, **colours):
+        (tmp_path / where).mkdir()
+        for name, image in colours.items():
+            zip_of(tmp_path / where / f"{name}.zip", {f"{i}.png": png(image) for i in range(2)})
+        return tmp_path / where
+
+    splits = zips("splits", train=RED, test=BLUE)
+    for split, colour in (("train", [255, 0, 0]), ("test", [0, 0, 255])):
+        data = load(splits, split=split)
+        assert data.to_samples(data.fetch([0, 1], 0))[:, 0, 0].tolist() == [colour] * 2 and not data.class_names
+    classes = load(zips("classes", cat=RED, dog=BLUE))
+    assert classes.class_counts == {"cat": 2, "dog": 2}
+    shards = {"train-000": 0, "train-001": 2, "val-000": 4}
+    (tmp_path / "shards").mkdir()
+    for name, first in shards.items():
+        zip_of(
+            tmp_path / "shards" / f"{name}.zip", {f"{first + i}.png": png(noise_image(first + i)) for i in range(2)}
+        )
+    assert seeds(load(tmp_path / "shards")) == [0, 1, 2, 3] and seeds(load(tmp_path / "shards", split="val")) == [4, 5]
+    assert "read as parts of one set: 2 archives (train-000.zip, train-001.zip)" in remarks(load(tmp_path / "shards"))
+    with pytest.raises(ValueError, match=r"000\.zip/0\.png and 001\.zip both hold 0\.png; unpack them into folders"):
+        load(zips("clash", **{"000": RED, "001": BLUE}))
+
+
+def test_data_given_by_a_relative_path_are_those_of_the_absolute_one(tmp_path, monkeypatch):
+    folder_of(tmp_path / "set", {"a": 1, "b": 1})
+    (tmp_path / "set" / "metadata.csv").write_text("file_name,label\na/00.png,x\nb/00.png,y\n")
+    there = load(tmp_path / "set")
+    monkeypatch.chdir(tmp_path)
+    here = load("set")
+    assert same(here.fetch([0, 1], 0), there.fetch([0, 1], 0)) and here.fingerprint == there.fingerprint
 
 
 # Tables
@@ -391,7 +453,7 @@ def test_archives_that_cannot_be_read_are_answered_in_one_sentence(tmp_path):
     (tmp_path / "c.zip").write_bytes(b"PK\x03\x04 cut off")
     (tmp_path / "d.tar").write_bytes(b"no tar")
     for name in ("c.zip", "d.tar"):
-        with pytest.raises(ValueError, match=rf"data set '{name}' cannot be opened: "):
+        with pytest.raises(ValueError, match=rf"data set '{name}' is damaged, incomplete or not"):
             load(tmp_path / name)
     broken = zip_of(tmp_path / "e.zip", files)
     data = bytearray(broken.read_bytes())

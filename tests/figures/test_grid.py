@@ -44,6 +44,27 @@ def test_labels_stand_at_the_left_of_their_rows_on_white():
     assert grid[:, 0].min() == 255  # none is cut off at the left
 
 
+def test_names_stand_above_their_columns_and_inside_them():
+    images = random_images(4, 28, 28, 1)
+    names = ["Ankle boot", "a name that is much wider than its column"]
+    grid, plain = (np.asarray(labelled_grid(images, 2, ["x", "y"], column_labels=n)) for n in (names, None))
+    above = grid.shape[0] - plain.shape[0]
+    assert above > 10 and np.array_equal(grid[above:], plain)
+    left = grid.shape[1] - 2 * (56 + PADDING)
+    for column in range(2):
+        start = left + column * (56 + PADDING)
+        assert grid[:above, start : start + 56].min() < 80
+        # between the columns
+        assert grid[:above, start - PADDING : start].min() > 200
+    with pytest.raises(ValueError, match="1 labels for 2 columns; give one label a column"):
+        labelled_grid(images, 2, column_labels=["x"])
+
+
+def test_a_line_break_in_a_name_is_a_space():
+    grids = [labelled_grid(random_images(1, 8, 8, 1), 1, [name], column_labels=[name]) for name in ("a\nb", "a b")]
+    assert np.array_equal(*map(np.asarray, grids))
+
+
 def test_a_long_label_is_shortened_to_a_bounded_margin():
     images = random_images(1, 32, 32, 3)
     wide = [labelled_grid(images, 1, ["m" * count]).width for count in (20, 40, 400)]
