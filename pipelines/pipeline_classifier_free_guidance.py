@@ -6,7 +6,6 @@ channels, H x W pixels; samples of any other rank go the same way.
 """
 
 import inspect
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -56,10 +55,19 @@ class ClassifierFreeGuidancePipeline(SamplingMixin, SelfContainedMixin, Diffusio
             class", which guidance needs.
         scheduler: any diffusers scheduler.
         id2label: the names of the classes by number; kept in model_index.json.
+        vae: an autoencoder of diffusers, which decodes what the network draws; None draws samples.
     """
 
-    model_cpu_offload_seq = "unet"
-    sampling_options = ("num_inference_steps", "eta", "guidance_scale", "guidance_interval", "guidance_rescale")
+    model_cpu_offload_seq = "unet->vae"
+    _optional_components = ["vae"]
+    sampling_options = (
+        "num_inference_steps",
+        "timesteps",
+        "eta",
+        "guidance_scale",
+        "guidance_interval",
+        "guidance_rescale",
+    )
     measures = {
         "bpd": "hf_diffusion.evaluation.model_measures:measure_bits_per_dim",
         "bpd_ode": "hf_diffusion.evaluation.ode_likelihood:measure_gaussian_bits_per_dim",
@@ -67,9 +75,15 @@ class ClassifierFreeGuidancePipeline(SamplingMixin, SelfContainedMixin, Diffusio
         "inversion": "hf_diffusion.evaluation.determinism:measure_inversion",
     }
 
-    def __init__(self, unet: ModelMixin, scheduler: SchedulerMixin, id2label: dict | None = None):
+    def __init__(
+        self,
+        unet: ModelMixin,
+        scheduler: SchedulerMixin,
+        id2label: dict | None = None,
+        vae: ModelMixin | None = None,
+    ):
         super().__init__()
-        self.register_modules(unet=unet, scheduler=scheduler)
+        self.register_modules(unet=unet, scheduler=scheduler, vae=vae)
         self.register_id2label(id2label)
 
     def example_call(self) -> dict[str, Any]:
@@ -121,8 +135,7 @@ class ClassifierFreeGuidancePipeline(SamplingMixin, SelfContainedMixin, Diffusio
         """Raise ValueError, with what is allowed, for guidance that does not fit the model."""
         if guider is not None:
             self._check_guider(guider, labels, guidance_scale)
-        if not math.isfinite(guidance_scale):
-            raise ValueError(f"guidance_scale must be a finite number, not {guidance_scale!r}; 1 does not guide")
+        self.check_scale(guidance_scale)
         if guidance_scale != 1 and labels is None:
             raise ValueError(
                 f"guidance_scale={guidance_scale} needs class_labels to guide towards; use 1 without them"
@@ -307,7 +320,7 @@ class ClassifierFreeGuidancePipeline(SamplingMixin, SelfContainedMixin, Diffusio
                     callback_on_step_end, callback_on_step_end_tensor_inputs, i, t, latents=latents
                 )
                 progress_bar.update()
-        return self.to_output(latents, output_type, return_dict)
+        return self.to_output(self.decode(latents, output_type), output_type, return_dict)
 
 
 def rescale_guided(guided: Tensor, cond: Tensor, phi: float) -> Tensor:

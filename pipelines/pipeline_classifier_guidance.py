@@ -94,6 +94,7 @@ class ClassifierGuidancePipeline(SamplingMixin, SelfContainedMixin, DiffusionPip
     _optional_components = ["classifier"]
     sampling_options = (
         "num_inference_steps",
+        "timesteps",
         "eta",
         "guidance_scale",
         "guidance_interval",

@@ -30,7 +30,7 @@ class ConsistencyPipeline(SamplingMixin, SelfContainedMixin, DiffusionPipeline):
     """
 
     model_cpu_offload_seq = "unet"
-    sampling_options = ("num_inference_steps", "sigmas", "guidance_scale")
+    sampling_options = ("num_inference_steps", "timesteps", "sigmas", "guidance_scale")
     _callback_tensor_inputs = ["latents", "x_0"]
 
     def __init__(self, unet: ModelMixin, scheduler: SchedulerMixin, id2label: dict | None = None):
@@ -44,6 +44,7 @@ class ConsistencyPipeline(SamplingMixin, SelfContainedMixin, DiffusionPipeline):
 
     def check_guidance(self, labels: Tensor | None, guidance_scale: float) -> None:
         """Raise ValueError, with what is allowed, for guidance that does not fit the model."""
+        self.check_scale(guidance_scale)
         if guidance_scale != 1 and (labels is None or self.null_class_id is None):
             raise ValueError(
                 f"guidance_scale={guidance_scale} needs class_labels, and a model that was trained with a null class "

@@ -46,6 +46,7 @@ class DiscreteImagePipeline(SamplingMixin, SelfContainedMixin, DiffusionPipeline
 
     def check_guidance(self, labels: Tensor | None, guidance_scale: float) -> None:
         """Raise ValueError, with what is allowed, for guidance that does not fit the model."""
+        self.check_scale(guidance_scale)
         if guidance_scale != 1 and labels is None:
             raise ValueError(
                 f"guidance_scale={guidance_scale} needs class_labels to guide towards; use 1 without them"

@@ -30,9 +30,11 @@ class EDMPipeline(SamplingMixin, SelfContainedMixin, DiffusionPipeline):
         scheduler: `EDMHeunScheduler`, or `EDMEulerScheduler` or `EDMDPMSolverMultistepScheduler`
             of diffusers for a network with EDM's preconditioning.
         id2label: the names of the classes by number; kept in model_index.json.
+        vae: an autoencoder of diffusers, which decodes what the network draws; None draws samples.
     """
 
-    model_cpu_offload_seq = "unet"
+    model_cpu_offload_seq = "unet->vae"
+    _optional_components = ["vae"]
     sampling_options = (
         "num_inference_steps",
         "guidance_scale",
@@ -43,9 +45,15 @@ class EDMPipeline(SamplingMixin, SelfContainedMixin, DiffusionPipeline):
         "s_noise",
     )
 
-    def __init__(self, unet: ModelMixin, scheduler: SchedulerMixin, id2label: dict | None = None):
+    def __init__(
+        self,
+        unet: ModelMixin,
+        scheduler: SchedulerMixin,
+        id2label: dict | None = None,
+        vae: ModelMixin | None = None,
+    ):
         super().__init__()
-        self.register_modules(unet=unet, scheduler=scheduler)
+        self.register_modules(unet=unet, scheduler=scheduler, vae=vae)
         self.register_id2label(id2label)
 
     def example_call(self) -> dict[str, Any]:
@@ -70,6 +78,7 @@ class EDMPipeline(SamplingMixin, SelfContainedMixin, DiffusionPipeline):
         self, labels: Tensor | None, guidance_scale: float, guidance_interval: tuple[float, float]
     ) -> None:
         """Raise ValueError, with what is allowed, for guidance that does not fit the model."""
+        self.check_scale(guidance_scale)
         if guidance_scale != 1 and labels is None:
             raise ValueError(
                 f"guidance_scale={guidance_scale} needs class_labels to guide towards; use 1 without them"
@@ -192,4 +201,4 @@ class EDMPipeline(SamplingMixin, SelfContainedMixin, DiffusionPipeline):
                     latents=latents,
                 )
                 progress_bar.update()
-        return self.to_output(latents, output_type, return_dict)
+        return self.to_output(self.decode(latents, output_type), output_type, return_dict)

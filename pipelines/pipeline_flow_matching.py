@@ -40,9 +40,11 @@ class FlowMatchingPipeline(SamplingMixin, SelfContainedMixin, DiffusionPipeline)
         sigma_floor: the least sigma, or 1 - sigma, by which x_0 or noise become a velocity; that of
             the training.
         noise_scale: standard deviation of the noise; that of the training.
+        vae: an autoencoder of diffusers, which decodes what the network draws; None draws samples.
     """
 
-    model_cpu_offload_seq = "unet"
+    model_cpu_offload_seq = "unet->vae"
+    _optional_components = ["vae"]
     sampling_options = ("num_inference_steps", "solver", "guidance_scale", "guidance_interval")
     measures = {
         "bpd_ode": "hf_diffusion.evaluation.ode_likelihood:measure_matched_bits_per_dim",
@@ -57,11 +59,12 @@ class FlowMatchingPipeline(SamplingMixin, SelfContainedMixin, DiffusionPipeline)
         prediction_type: str = "velocity",
         sigma_floor: float = 0.05,
         noise_scale: float = 1.0,
+        vae: ModelMixin | None = None,
     ):
         super().__init__()
         if prediction_type not in PREDICTION_TYPES:
             raise ValueError(f"unknown prediction_type {prediction_type!r}; choose from {list(PREDICTION_TYPES)}")
-        self.register_modules(unet=unet, scheduler=scheduler)
+        self.register_modules(unet=unet, scheduler=scheduler, vae=vae)
         self.register_id2label(id2label)
         self.register_to_config(prediction_type=prediction_type, sigma_floor=sigma_floor, noise_scale=noise_scale)
 
@@ -72,6 +75,7 @@ class FlowMatchingPipeline(SamplingMixin, SelfContainedMixin, DiffusionPipeline)
 
     def check_guidance(self, labels: Tensor | None, guidance_scale: float) -> None:
         """Raise ValueError, with what is allowed, for guidance that does not fit the model."""
+        self.check_scale(guidance_scale)
         if guidance_scale != 1 and labels is None:
             raise ValueError(
                 f"guidance_scale={guidance_scale} needs class_labels to guide towards; use 1 without them"
@@ -109,7 +113,7 @@ class FlowMatchingPipeline(SamplingMixin, SelfContainedMixin, DiffusionPipeline)
         """The noise (B, ...) at sigma 1, in float32 at least; given `latents` are unit noise."""
         device, dtype = self._execution_device, torch.promote_types(self.unet.dtype, torch.float32)
         if latents is None:
-            latents = randn_tensor((batch, *self.sample_shape), generator=generator, device=device, dtype=dtype)
+            latents = randn_tensor((batch, *self.noise_shape), generator=generator, device=device, dtype=dtype)
         return latents.to(device, dtype) * self.config.noise_scale
 
     def calls_within(self, interval: tuple[float, float]) -> list[bool]:
@@ -224,4 +228,4 @@ class FlowMatchingPipeline(SamplingMixin, SelfContainedMixin, DiffusionPipeline)
                     callback_on_step_end, callback_on_step_end_tensor_inputs, i, t, latents=latents
                 )
                 progress_bar.update()
-        return self.to_output(latents, output_type, return_dict)
+        return self.to_output(self.decode(latents, output_type), output_type, return_dict)

@@ -78,6 +78,7 @@ class ScoreSdePipeline(SamplingMixin, SelfContainedMixin, DiffusionPipeline):
             raise ValueError(
                 f"guidance_interval must be (low, high) with 0 <= low <= high <= 1, not {guidance_interval!r}"
             )
+        self.check_scale(guidance_scale)
         if guidance_scale != 1 and labels is None:
             raise ValueError(
                 f"guidance_scale={guidance_scale} needs class_labels to guide towards; use 1 without them"

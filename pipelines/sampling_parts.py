@@ -9,7 +9,7 @@ import difflib
 import inspect
 import math
 from collections.abc import Callable, Sequence
-from numbers import Integral
+from numbers import Integral, Real
 from typing import Any
 
 import numpy as np
@@ -27,6 +27,8 @@ OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 # Past 32 MiB a tensor, page faults halve it. A classifier's gradient: 33, 39, 43, 44, 38 images/s
 # for 0.25, 1, 4, 8, 16 MiB.
 CPU_FEATURE_MAP_BYTES = 2**22
+# Of the largest feature map of an autoencoder that decodes elsewhere.
+DECODER_FEATURE_MAP_BYTES = 2**30
 SHOWN_SAMPLES = 4
 
 
@@ -43,6 +45,28 @@ def feature_map_bytes(network: ModelMixin) -> int:
     channels = config.get("model_channels") or max(config.get("block_out_channels") or [128])
     shape = sides(config.get("sample_size"))
     return 4 * channels * max(1, math.prod(shape) // (config.get("patch_size") or 1) ** len(shape))
+
+
+def decoded_shape(autoencoder: ModelMixin, latent_size: Sequence[int]) -> tuple[int, ...]:
+    """Shape (C, H, W) of what an autoencoder of diffusers decodes from latents of a size (h, w)."""
+    config = autoencoder.config
+    widths = config.get("block_out_channels") or config["encoder_block_out_channels"]
+    factor = (config.get("upsampling_scaling_factor") or 2) ** (len(widths) - 1)
+    channels = config.get("out_channels") or config["in_channels"]
+    return (channels, *(side * factor for side in latent_size))
+
+
+def unscaled(latents: Tensor, config: Any) -> Tensor:
+    """Latents (B, D, h, w) as an autoencoder decodes them, from mean 0 and deviation 1.
+
+    Both conventions of diffusers: `latents_mean` and `latents_std` of channels beside
+    `scaling_factor`, as in SDXL, or `scaling_factor` and `shift_factor` alone, as in SD3.
+    """
+    latents = latents / (config.get("scaling_factor") or 1.0)
+    if config.get("latents_std") is None or config.get("latents_mean") is None:
+        return latents + (config.get("shift_factor") or 0.0)
+    mean, std = (latents.new_tensor(config[name]).reshape(1, -1, 1, 1) for name in ("latents_mean", "latents_std"))
+    return latents * std + mean
 
 
 def in_micro_batches(
@@ -70,6 +94,8 @@ class SamplingMixin:
 
         network_name: the component that draws; its config has `in_channels`, `sample_size` and,
             where it knows classes, `num_class_embeds` and `null_class`.
+        vae: an autoencoder of diffusers, which decodes what the network draws; None, or no such
+            attribute, where that is the sample.
         sampling_options: the arguments of a call that say how to sample, such as the steps.
         measures: measures of the model itself beyond those of its samples, by name, each as
             "module:function".
@@ -95,9 +121,15 @@ class SamplingMixin:
         return sides(self.drawing_network.config.get("sample_size"))
 
     @property
+    def noise_shape(self) -> tuple[int, ...]:
+        """Shape of what the network draws: of a sample, or of its latents where a vae decodes."""
+        return (self.drawing_network.config.in_channels, *sides(self.drawing_network.config.get("sample_size")))
+
+    @property
     def sample_shape(self) -> tuple[int, ...]:
         """Shape of one sample: (C, H, W) of an image, (C,) of a point."""
-        return (self.drawing_network.config.in_channels, *self.image_size)
+        shape, vae = self.noise_shape, getattr(self, "vae", None)
+        return shape if vae is None else decoded_shape(vae, shape[1:])
 
     @property
     def id2label(self) -> dict[int, str] | None:
@@ -150,7 +182,7 @@ class SamplingMixin:
             if count is not None and (not isinstance(count, Integral) or isinstance(count, bool)):
                 raise ValueError(f"{name} must be a whole number, not {count!r}")
         if class_labels is None:
-            if self.drawing_network.config.get("num_class_embeds") is not None and self.null_class_id is None:
+            if getattr(self.drawing_network.config, "num_class_embeds", None) and self.null_class_id is None:
                 raise ValueError(
                     f"class_labels are missing; this model needs one of 0 to {self.num_classes - 1} for each image"
                 )
@@ -174,6 +206,7 @@ class SamplingMixin:
             return int(label)
         names = self.id2label or {}
         found = [i for i, name in names.items() if name == label]
+        found = found or [i for i, name in names.items() if name.casefold() == label.casefold()]
         if len(found) > 1:
             raise ValueError(f"the class name {label!r} stands for the classes {found}; give the number instead")
         if not found:
@@ -219,7 +252,7 @@ class SamplingMixin:
             raise ValueError(
                 f"{len(generator)} generators were given for {batch} images; give one, or one for each image"
             )
-        shape = (batch, *self.sample_shape)
+        shape = (batch, *self.noise_shape)
         if latents is not None and tuple(latents.shape) != shape:
             raise ValueError(f"latents have shape {tuple(latents.shape)}, but this call needs {shape}")
         if output_type not in OUTPUT_TYPES:
@@ -235,6 +268,29 @@ class SamplingMixin:
         for name, size in micro_batch_sizes.items():
             if size is not None and (not isinstance(size, Integral) or size < 1):
                 raise ValueError(f"{name} must be a whole number of at least 1 or None, not {size!r}")
+        self.check_latents()
+
+    def check_latents(self) -> None:
+        """Raise ValueError for latents that the scheduler would clip, or the vae cannot decode."""
+        vae = getattr(self, "vae", None)
+        if vae is None:
+            return
+        for option in ("clip_sample", "thresholding"):
+            if self.scheduler.config.get(option):
+                raise ValueError(
+                    f"{option} of {type(self.scheduler).__name__} would clip latents, which have no bounds; give "
+                    f"{option}=False, as in from_config(pipe.scheduler.config, {option}=False)"
+                )
+        if vae.config.latent_channels != self.noise_shape[0]:
+            raise ValueError(
+                f"the vae decodes latents of {vae.config.latent_channels} channels, and the network draws "
+                f"{self.noise_shape[0]}; give the vae that it was trained with"
+            )
+
+    def check_scale(self, guidance_scale: float) -> None:
+        """Raise ValueError for a scale of guidance that is no finite number."""
+        if not isinstance(guidance_scale, Real) or not math.isfinite(guidance_scale):
+            raise ValueError(f"guidance_scale must be a finite number, not {guidance_scale!r}; 1 does not guide")
 
     def check_steps(
         self,
@@ -245,7 +301,8 @@ class SamplingMixin:
     ) -> None:
         """Raise ValueError, with what is allowed, for steps that the scheduler cannot take."""
         scheduler = type(self.scheduler).__name__
-        if timesteps is None and (not isinstance(num_inference_steps, Integral) or num_inference_steps < 1):
+        is_whole = isinstance(num_inference_steps, Integral) and not isinstance(num_inference_steps, bool)
+        if timesteps is None and not (is_whole and num_inference_steps >= 1):
             raise ValueError(f"num_inference_steps must be a whole number of at least 1, not {num_inference_steps!r}")
         if timesteps is not None and "timesteps" not in inspect.signature(self.scheduler.set_timesteps).parameters:
             raise ValueError(f"{scheduler} takes no timesteps of one's own; use num_inference_steps")
@@ -296,7 +353,7 @@ class SamplingMixin:
         """The first x_t (B, ...), in float32 at least; given `latents` are unit noise, too."""
         device, dtype = self._execution_device, torch.promote_types(self.drawing_network.dtype, torch.float32)
         if latents is None:
-            latents = randn_tensor((batch, *self.sample_shape), generator=generator, device=device, dtype=dtype)
+            latents = randn_tensor((batch, *self.noise_shape), generator=generator, device=device, dtype=dtype)
         return latents.to(device, dtype) * self.scheduler.init_noise_sigma
 
     def after_step(
@@ -310,7 +367,36 @@ class SamplingMixin:
             raise ValueError(
                 f"callback_on_step_end returned {changed!r}; return a dict of changed tensors, {{}} for none"
             )
+        for name, tensor in tensors.items():
+            if name in changed and getattr(changed[name], "shape", None) != tensor.shape:
+                given = (
+                    tuple(changed[name].shape) if isinstance(changed[name], Tensor) else type(changed[name]).__name__
+                )
+                raise ValueError(
+                    f"callback_on_step_end returned {name} as {given}; its shape must stay {tuple(tensor.shape)}"
+                )
         return tuple(changed.get(name, tensor) for name, tensor in tensors.items())
+
+    def decode(self, latents: Tensor, output_type: str) -> Tensor:
+        """The samples (B, ...) that the vae makes of latents, which are left as they are without.
+
+        A few at a time, for memory. A vae in float16 whose config says `force_upcast` computes in
+        float32, since it would overflow.
+        """
+        vae = getattr(self, "vae", None)
+        if vae is None or output_type == "latent":
+            return latents
+        widths = vae.config.get("block_out_channels") or vae.config["decoder_block_out_channels"]
+        map_bytes = 4 * max(widths[:2]) * math.prod(self.sample_shape[1:])
+        limit = CPU_FEATURE_MAP_BYTES if latents.device.type == "cpu" else DECODER_FEATURE_MAP_BYTES
+        upcast = vae.dtype == torch.float16 and vae.config.get("force_upcast")
+        if upcast:
+            vae.to(torch.float32)
+        parts = unscaled(latents, vae.config).to(vae.dtype).split(max(1, limit // map_bytes))
+        samples = torch.cat([vae.decode(part, return_dict=False)[0].float() for part in parts])
+        if upcast:
+            vae.to(torch.float16)
+        return samples
 
     def to_output(
         self, samples: Tensor, output_type: str, return_dict: bool

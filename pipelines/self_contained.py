@@ -20,6 +20,7 @@ import uuid
 from pathlib import Path
 
 from diffusers import DiffusionPipeline
+from torch import nn
 
 
 logger = logging.getLogger(__name__)
@@ -153,6 +154,10 @@ class SelfContainedMixin:
                     f"{cls.__name__} has no file of its own that could be saved beside its weights; move the class"
                     " into a module, or others cannot load this pipeline"
                 )
+        networks = [name for name, part in parts.items() if name in index and isinstance(part, nn.Module)]
+        if networks:
+            # AutoModel reads here which file of the part's folder has its class.
+            index["auto_map"] = {"AutoModel": ".".join(index[networks[0]])}
         for file in (folder / self.config_name, *folder.glob("*/*config.json")):
             config = json.loads(file.read_text(encoding="utf-8"))
             # A path on this computer is nobody else's business.
@@ -192,6 +197,11 @@ class SelfContainedMixin:
         expected, _ = cls._get_signature_keys(cls)
         shared = {name: part for name, part in pipeline.components.items() if name in expected}
         return super().from_pipe(pipeline, **{**shared, **kwargs})
+
+    @classmethod
+    def extract_init_dict(cls, config_dict: dict, **kwargs):
+        # What AutoModel reads in the index is no argument of ours.
+        return super().extract_init_dict({k: v for k, v in config_dict.items() if k != "auto_map"}, **kwargs)
 
     @classmethod
     def load_config(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs):

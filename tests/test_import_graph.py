@@ -18,7 +18,7 @@ FLOORS = (
     ("hub",),
     ("pipelines",),
     ("sampling",),
-    ("evaluation", "convert"),
+    ("evaluation", "convert", "space"),
     ("cards",),
     ("loop",),
     ("training", "commands"),

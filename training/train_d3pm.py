@@ -12,28 +12,32 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-import torch
 from accelerate import Accelerator
 from torch import nn
 
+from hf_diffusion.config.denoiser_options import DenoiserOptions
 from hf_diffusion.config.options import option
+from hf_diffusion.config.preset import Choice, Circumstances
 from hf_diffusion.config.run_options import TrainingConfig
-from hf_diffusion.config.shared_options import ClassOptions, DataOptions, MeasureOptions, UNetOptions
+from hf_diffusion.config.shared_options import ClassOptions, DataOptions, MeasureOptions
 from hf_diffusion.data.points import SHAPES
 from hf_diffusion.data.protocol import TrainingData
 from hf_diffusion.loop.fine_tuning import started_from
 from hf_diffusion.loop.generative import generative_trainer
+from hf_diffusion.loop.networks import new_denoiser
 from hf_diffusion.loop.start import run
 from hf_diffusion.loop.trainer import Trainer
 from hf_diffusion.losses.discrete import DiscreteObjective, DiscreteOptions
-from hf_diffusion.models.mlp_points import PointDenoiser
-from hf_diffusion.models.unet_adm import ADMUNet2DModel
 from hf_diffusion.pipelines.pipeline_discrete_image import DiscreteImagePipeline
 from hf_diffusion.schedulers.scheduling_discrete import D3PMScheduler
 
 
+# Of the sampling of grids while a run that chooses itself trains on a CPU.
+GRID_STEPS = 100
+
+
 @dataclass(kw_only=True)
-class D3PMConfig(MeasureOptions, UNetOptions, DiscreteOptions, ClassOptions, TrainingConfig, DataOptions):
+class D3PMConfig(MeasureOptions, DenoiserOptions, DiscreteOptions, ClassOptions, TrainingConfig, DataOptions):
     """Train a diffusion model of categories on images, with or without classes."""
 
     method: ClassVar[str] = "d3pm"
@@ -54,11 +58,18 @@ class D3PMConfig(MeasureOptions, UNetOptions, DiscreteOptions, ClassOptions, Tra
                 f"{self.d3pm_num_steps}; give fewer"
             )
 
+    def auto_settings(self, circumstances: Circumstances) -> dict[str, Choice]:
+        """Grids in fewer steps than the process has, which a CPU would draw for minutes."""
+        steps = min(GRID_STEPS, self.d3pm_num_steps)
+        grids = {"grids": Choice({"d3pm_num_inference_steps": steps}, "all of its steps take a CPU minutes")}
+        return super().auto_settings(circumstances) | (grids if circumstances.on_cpu else {})
+
     def papers(self) -> tuple[str, ...]:
         used = {
             "austin2021structured": True,
             # The U-Net, which points do without.
-            "dhariwal2021diffusion": self.dataset_name not in SHAPES,
+            "dhariwal2021diffusion": self.network == "adm" and self.dataset_name not in SHAPES,
+            "li2025back": self.network == "transformer",
             "ho2022classifier": self.class_conditional and self.label_dropout > 0,
         }
         return tuple(paper for paper, is_used in used.items() if is_used)
@@ -68,18 +79,9 @@ class D3PMConfig(MeasureOptions, UNetOptions, DiscreteOptions, ClassOptions, Tra
         return {"num_inference_steps": self.d3pm_num_inference_steps or self.d3pm_num_steps, **guidance}
 
 
-def build_network(config: D3PMConfig, data: TrainingData) -> ADMUNet2DModel | PointDenoiser:
+def build_network(config: D3PMConfig, data: TrainingData) -> nn.Module:
     """A network for the shape and the classes of the data, with an output for each level."""
-    classes = config.num_class_embeds(data)
-    shape = {
-        "out_channels": config.output_channels(data.sample_shape[0]),
-        "num_class_embeds": classes,
-        "null_class": classes is not None and config.label_dropout > 0,
-    }
-    torch.manual_seed(config.seed)
-    if data.kind == "points":
-        return PointDenoiser(**config.mlp_shape(data.sample_shape), **shape)
-    return ADMUNet2DModel(**config.unet_shape(data.sample_shape), **shape)
+    return new_denoiser(config, data, config.output_channels(data.sample_shape[0]))
 
 
 def build(config: D3PMConfig, accelerator: Accelerator, data: TrainingData) -> Trainer:

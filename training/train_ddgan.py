@@ -110,6 +110,7 @@ class DDGANConfig(MeasureOptions, AdversarialOptions, ClassOptions, TrainingConf
         "folder or Hub id: its shape then replaces the options of the generator but latent_dim",
         is_path=True,
         tied=False,
+        often=True,
     )
     # Where these differ from training one network: the values of the paper's code.
     learning_rate: float = option(1.6e-4, "highest learning rate of the generator", above=0)

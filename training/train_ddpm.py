@@ -12,28 +12,27 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
-import torch
 from accelerate import Accelerator
 from torch import nn
 
+from hf_diffusion.config.denoiser_options import DenoiserOptions
 from hf_diffusion.config.options import option
 from hf_diffusion.config.run_options import TrainingConfig
 from hf_diffusion.config.shared_options import (
     ClassOptions,
     DataOptions,
+    LatentOptions,
     MeasureOptions,
     NoiseScheduleOptions,
-    UNetOptions,
 )
 from hf_diffusion.data.points import SHAPES
 from hf_diffusion.data.protocol import TrainingData
 from hf_diffusion.loop.fine_tuning import started_from
 from hf_diffusion.loop.generative import generative_trainer
+from hf_diffusion.loop.networks import new_denoiser
 from hf_diffusion.loop.start import run
 from hf_diffusion.loop.trainer import Trainer
 from hf_diffusion.losses.denoising import DenoisingObjective, DenoisingOptions
-from hf_diffusion.models.mlp_points import PointDenoiser
-from hf_diffusion.models.unet_adm import ADMUNet2DModel
 from hf_diffusion.pipelines.pipeline_classifier_free_guidance import ClassifierFreeGuidancePipeline
 from hf_diffusion.schedulers.scheduling_gaussian import DDIMEtaScheduler, LinearDDPMScheduler
 
@@ -41,10 +40,11 @@ from hf_diffusion.schedulers.scheduling_gaussian import DDIMEtaScheduler, Linear
 @dataclass(kw_only=True)
 class DDPMConfig(
     MeasureOptions,
-    UNetOptions,
+    DenoiserOptions,
     NoiseScheduleOptions,
     DenoisingOptions,
     ClassOptions,
+    LatentOptions,
     TrainingConfig,
     DataOptions,
 ):
@@ -83,8 +83,10 @@ class DDPMConfig(
             "song2021denoising": self.sampler == "ddim",
             "nichol2021improved": improved or self.timestep_sampling == "loss_second_moment",
             # The U-Net, which points do without.
-            "dhariwal2021diffusion": self.dataset_name not in SHAPES,
+            "dhariwal2021diffusion": self.network == "adm" and self.dataset_name not in SHAPES,
+            "li2025back": self.network == "transformer",
             "ho2022classifier": self.class_conditional and self.label_dropout > 0,
+            "rombach2022high": self.vae is not None,
             "salimans2022progressive": self.prediction_type == "v_prediction",
             "hang2023efficient": self.loss_weighting == "min_snr",
             "choi2022perception": self.loss_weighting == "p2",
@@ -97,29 +99,26 @@ class DDPMConfig(
         return {"num_inference_steps": self.ddpm_num_inference_steps, **guidance}
 
 
-def build_scheduler(config: DDPMConfig) -> LinearDDPMScheduler:
-    """The process that the network is trained on."""
+def build_scheduler(config: DDPMConfig, clip_sample: bool = True) -> LinearDDPMScheduler:
+    """The process that the network is trained on; predictions of bounded data are clipped."""
     return LinearDDPMScheduler(
         **config.noise_schedule(),
         prediction_type=config.prediction_type,
         variance_type=config.variance_type,
         # starts at the last timestep, as sampling from pure noise must
         timestep_spacing="trailing",
+        clip_sample=clip_sample,
     )
 
 
-def build_network(config: DDPMConfig, data: TrainingData) -> ADMUNet2DModel | PointDenoiser:
+def build_network(config: DDPMConfig, data: TrainingData) -> nn.Module:
     """A network for the shape and the classes of the data."""
-    classes = config.num_class_embeds(data)
-    shape = {
-        "out_channels": data.sample_shape[0] * (2 if config.learns_variance else 1),
-        "num_class_embeds": classes,
-        "null_class": classes is not None and config.label_dropout > 0,
-    }
-    torch.manual_seed(config.seed)
-    if data.kind == "points":
-        return PointDenoiser(**config.mlp_shape(data.sample_shape), **shape)
-    return ADMUNet2DModel(**config.unet_shape(data.sample_shape), resblock_updown=config.resblock_updown, **shape)
+    return new_denoiser(
+        config,
+        data,
+        data.sample_shape[0] * (2 if config.learns_variance else 1),
+        resblock_updown=config.resblock_updown,
+    )
 
 
 def build(config: DDPMConfig, accelerator: Accelerator, data: TrainingData) -> Trainer:
@@ -128,14 +127,14 @@ def build(config: DDPMConfig, accelerator: Accelerator, data: TrainingData) -> T
     """
     process = {**config.noise_schedule(), "prediction_type": config.prediction_type}
     network = started_from(config, data, build_network(config, data), process)
-    scheduler = build_scheduler(config)
+    scheduler = build_scheduler(config, data.is_bounded)
     objective = DenoisingObjective(scheduler, network, config, config.learning_rate, accelerator)
     names = dict(enumerate(data.class_names)) if config.class_conditional else None
 
     def pipeline(network: nn.Module) -> ClassifierFreeGuidancePipeline:
         # a scheduler of its own: sampling chooses timesteps, training needs all
         cls = DDIMEtaScheduler if config.sampler == "ddim" else LinearDDPMScheduler
-        return ClassifierFreeGuidancePipeline(network, cls.from_config(scheduler.config), names)
+        return ClassifierFreeGuidancePipeline(network, cls.from_config(scheduler.config), names, data.autoencoder)
 
     return generative_trainer(config, accelerator, objective, data, pipeline, **config.sampling_options())
 

@@ -12,28 +12,29 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-import torch
 from accelerate import Accelerator
 from torch import nn
 
+from hf_diffusion.config.denoiser_options import DenoiserOptions
 from hf_diffusion.config.options import option
 from hf_diffusion.config.run_options import TrainingConfig
-from hf_diffusion.config.shared_options import ClassOptions, DataOptions, MeasureOptions, UNetOptions
+from hf_diffusion.config.shared_options import ClassOptions, DataOptions, LatentOptions, MeasureOptions
 from hf_diffusion.data.points import SHAPES
 from hf_diffusion.data.protocol import TrainingData
 from hf_diffusion.loop.fine_tuning import started_from
 from hf_diffusion.loop.generative import generative_trainer
+from hf_diffusion.loop.networks import new_denoiser
 from hf_diffusion.loop.start import run
 from hf_diffusion.loop.trainer import Trainer
 from hf_diffusion.losses.preconditioned import PreconditionedObjective, PreconditionedOptions
-from hf_diffusion.models.mlp_points import PointDenoiser
-from hf_diffusion.models.unet_adm import ADMUNet2DModel
 from hf_diffusion.pipelines.pipeline_edm import EDMPipeline
 from hf_diffusion.schedulers.scheduling_edm import EDMHeunScheduler
 
 
 @dataclass(kw_only=True)
-class EDMConfig(MeasureOptions, UNetOptions, PreconditionedOptions, ClassOptions, TrainingConfig, DataOptions):
+class EDMConfig(
+    MeasureOptions, DenoiserOptions, PreconditionedOptions, ClassOptions, LatentOptions, TrainingConfig, DataOptions
+):
     """Train a preconditioned denoiser, with or without classes."""
 
     method: ClassVar[str] = "edm"
@@ -58,10 +59,18 @@ class EDMConfig(MeasureOptions, UNetOptions, PreconditionedOptions, ClassOptions
             "song2021score": self.preconditioning in ("vp", "ve"),
             "nichol2021improved": self.preconditioning == "iddpm",
             # The U-Net, which points do without.
-            "dhariwal2021diffusion": self.dataset_name not in SHAPES,
+            "dhariwal2021diffusion": self.network == "adm" and self.dataset_name not in SHAPES,
+            "li2025back": self.network == "transformer",
             "ho2022classifier": self.class_conditional and self.label_dropout > 0,
+            "rombach2022high": self.vae is not None,
         }
         return tuple(paper for paper, is_used in used.items() if is_used)
+
+    def settle(self, sample_shape: tuple[int, ...]) -> None:
+        super().settle(sample_shape)
+        # Of images it is about 0.5, of scaled latents 1.
+        if self.vae is not None and "sigma_data" not in self.given:
+            self.sigma_data = 1.0
 
     def sampling_options(self) -> dict[str, Any]:
         guidance = {"guidance_scale": self.guidance_scale} if self.class_conditional else {}
@@ -80,16 +89,9 @@ def build_scheduler(config: EDMConfig) -> EDMHeunScheduler:
     )
 
 
-def build_network(config: EDMConfig, data: TrainingData) -> ADMUNet2DModel | PointDenoiser:
+def build_network(config: EDMConfig, data: TrainingData) -> nn.Module:
     """A network for the shape and the classes of the data."""
-    classes = config.num_class_embeds(data)
-    knowledge = {"num_class_embeds": classes, "null_class": classes is not None and config.label_dropout > 0}
-    torch.manual_seed(config.seed)
-    if data.kind == "points":
-        return PointDenoiser(**config.mlp_shape(data.sample_shape), **knowledge)
-    shape = config.unet_shape(data.sample_shape)
-    channels = {"out_channels": data.sample_shape[0]}
-    return ADMUNet2DModel(**shape, **channels, resblock_updown=config.resblock_updown, **knowledge)
+    return new_denoiser(config, data, data.sample_shape[0], resblock_updown=config.resblock_updown)
 
 
 def build(config: EDMConfig, accelerator: Accelerator, data: TrainingData) -> Trainer:
@@ -99,7 +101,7 @@ def build(config: EDMConfig, accelerator: Accelerator, data: TrainingData) -> Tr
     names = dict(enumerate(data.class_names)) if config.class_conditional else None
 
     def pipeline(network: nn.Module) -> EDMPipeline:
-        return EDMPipeline(network, build_scheduler(config), names)
+        return EDMPipeline(network, build_scheduler(config), names, data.autoencoder)
 
     return generative_trainer(config, accelerator, objective, data, pipeline, **config.sampling_options())
 

@@ -28,6 +28,8 @@ from hf_diffusion.hub.loading import load_pipeline, read_index
 
 
 CARD = "README.md"
+# What shows texts, whose content stands in the card.
+TEXT = ".txt"
 TEMPLATES = Path(__file__).parents[1] / "model_cards"
 # What the Hub calls the task of a pipeline that draws such data, with or without classes. It has
 # none for points.
@@ -42,9 +44,12 @@ NOT_MEASURED_ALONE = "How well it does has not been measured."
 
 @dataclass(frozen=True)
 class NearestImages:
-    """A picture of samples with their nearest training images, and what the distances say."""
+    """A picture of samples with their nearest training images, and what the distances say.
 
-    picture: str
+    None for texts, of which the sentence says enough.
+    """
+
+    picture: str | None
     sentence: str
 
 
@@ -86,7 +91,9 @@ def write_model_card(
     """
     folder = Path(folder)
     captions = dict(images) if isinstance(images, Mapping) else dict.fromkeys(images, "")
-    _check_pictures(folder, [*captions, *([curve] if curve else []), *([nearest.picture] if nearest else [])])
+    _check_pictures(
+        folder, [*captions, *([curve] if curve else []), *([nearest.picture] if nearest and nearest.picture else [])]
+    )
     title = repo_id.split("/")[-1] if repo_id else folder.resolve().name
     use, dataset = _use(folder, pipeline, data), hub_data_set(config, data)
     task = task or (TASKS.get(kind_of(data)) if use.call else None)
@@ -98,7 +105,8 @@ def write_model_card(
         things=things,
         thing=thing,
         summary=summary_of(f"class-conditional {kind}" if use.is_conditional else kind, data, training),
-        pictures=captions,
+        pictures={name: caption for name, caption in captions.items() if not name.endswith(TEXT)},
+        texts={name: (caption, _text(folder / name)) for name, caption in captions.items() if name.endswith(TEXT)},
         curve=curve,
         use=use,
         usage_template=None if use.call or not use.class_name else usage_template,
@@ -134,7 +142,13 @@ def write_model_card(
 
 def _gallery(captions: Mapping[str, str]) -> list[dict[str, Any]]:
     """The pictures as the Hub's gallery takes them."""
-    return [{"text": caption or "samples", "output": {"url": name}} for name, caption in captions.items()]
+    shown = {name: caption for name, caption in captions.items() if not name.endswith(TEXT)}
+    return [{"text": caption or "samples", "output": {"url": name}} for name, caption in shown.items()]
+
+
+def _text(path: Path) -> str:
+    """A text for a block of code, which it must not end."""
+    return path.read_text(encoding="utf-8").rstrip().replace("```", "` ` `")
 
 
 def update_card_results(

@@ -1,6 +1,7 @@
 """The card of a training run: all that is known about it, and pictures of what it can do."""
 
 import logging
+import os
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,6 +15,7 @@ from hf_diffusion.cards.papers import bibtex
 from hf_diffusion.cards.pictures import Pictures, draw_pictures
 from hf_diffusion.cards.tables import kind_of
 from hf_diffusion.config.options import lasting_settings
+from hf_diffusion.config.publishing import STARTED_AS
 from hf_diffusion.config.run_options import TrainingConfig
 from hf_diffusion.data.protocol import TrainingData
 from hf_diffusion.environment import environment
@@ -122,6 +124,8 @@ def saved_pipeline(folder: Path) -> DiffusionPipeline | None:
 
 def launch_command(command: Sequence[str], processes: int = 1, on_cpu: bool = False) -> str:
     """The command line that starts the script, `command`, with its flags on as many processes."""
+    if command[0] == os.environ.get(STARTED_AS):
+        return f"{command[0]} {shlex.join(command[1:])}"
     launch = "accelerate launch "
     if processes > 1:
         launch += f"--multi_gpu --num_processes {processes} "
@@ -149,10 +153,18 @@ def _training(facts: RunFacts) -> dict[str, Any]:
 
 
 def _grid_caption(facts: RunFacts, pipeline: DiffusionPipeline | None) -> str:
-    config, each = facts.config, ", a row for each class" if kind_of(facts.data) == "images" else " of each class"
-    drawn = [f"{SPOKEN.get(name, name)} {_short(value)}" for name, value in config.sampling_options().items()]
-    drawn += ["averaged weights" if config.use_ema else "weights of the last step", f"seeds from {config.seed} on"]
-    return f"Samples{each if getattr(pipeline, 'num_classes', None) else ''}: {', '.join(drawn)}"
+    config, prompts = facts.config, getattr(pipeline, "example_prompts", None)
+    each = ", a row for each class" if kind_of(facts.data) == "images" else " of each class"
+    if prompts:
+        each = f", a row for each of the prompts {', '.join(map(repr, prompts))}"
+    drawn = [
+        f"{SPOKEN.get(name, name)} {_short(value)}"
+        for name, value in config.sampling_options().items()
+        if value is not None
+    ]
+    drawn.append("averaged weights" if config.use_ema else "weights of the last step")
+    drawn += [f"seeds from {config.seed} on"] if pipeline is not None else []
+    return f"{config.grids}{each if prompts or getattr(pipeline, 'num_classes', None) else ''}: {', '.join(drawn)}"
 
 
 def _short(value: Any) -> str:

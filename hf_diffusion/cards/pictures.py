@@ -13,11 +13,14 @@ from typing import Any
 import numpy as np
 import torch
 from diffusers import DiffusionPipeline
+from PIL import Image
 
 from hf_diffusion.cards.model_card import NearestImages
 from hf_diffusion.cards.nearest_images import nearest_images
+from hf_diffusion.cards.texts import draw_texts, sentence_of_copies
 from hf_diffusion.data.protocol import TrainingData
 from hf_diffusion.data.selection import evenly_spaced
+from hf_diffusion.files import write_whole
 from hf_diffusion.sampling.drawing import draw, sampling_options
 
 
@@ -51,23 +54,35 @@ def draw_pictures(
     count: samples that are compared with the training data. options: of the pipeline's call.
     """
     (folder / "samples").mkdir(exist_ok=True)
-    num_classes, captions = getattr(pipe, "num_classes", None), {}
-    if getattr(pipe, "null_class_id", None) is not None and "guidance_scale" in sampling_options(pipe):
+    if getattr(pipe, "output_name", "images") == "texts":
+        samples = draw(pipe, range(seed, seed + count), asked_in_turn(pipe, count), **options)
+        copied = NearestImages(None, sentence_of_copies(samples, data))
+        return Pictures(draw_texts(folder, pipe, data, seed, options), copied)
+    captions: dict[str, str] = {}
+    is_guided = getattr(pipe, "example_prompts", None) or getattr(pipe, "null_class_id", None) is not None
+    if is_guided and "guidance_scale" in sampling_options(pipe):
         captions["samples/guidance.png"] = _guidance(pipe, data, seed, options, folder / "samples/guidance.png")
     if "x_0" in getattr(pipe, "_callback_tensor_inputs", ()):
         captions["samples/steps.png"] = _predictions(pipe, data, seed, options, folder / "samples/steps.png")
-    labels = [i % num_classes for i in range(count)] if num_classes else None
-    samples = draw(pipe, range(seed, seed + count), labels, **options)
+    samples = draw(pipe, range(seed, seed + count), asked_in_turn(pipe, count), **options)
     nearest = nearest_images(samples, data, pipe.device, num_workers)
     name = "samples/nearest.png"
     _nearest_grid(samples, nearest.images, nearest.distances, data, folder / name)
     return Pictures(captions, NearestImages(name, nearest.sentence()))
 
 
-def _one_row(pipe: DiffusionPipeline, seed: int) -> tuple[list[int], list[int] | None]:
-    """The seeds of a row of samples and, where there are classes, evenly spaced ones of them."""
-    num_classes = getattr(pipe, "num_classes", None)
-    labels = evenly_spaced(num_classes, COLUMNS) if num_classes else None
+def asked_in_turn(pipe: DiffusionPipeline, count: int) -> list[int] | list[str] | None:
+    """The texts or classes of `count` samples, each as often as others; None without any."""
+    asked = getattr(pipe, "example_prompts", None) or range(getattr(pipe, "num_classes", None) or 0)
+    return [asked[i % len(asked)] for i in range(count)] if asked else None
+
+
+def _one_row(pipe: DiffusionPipeline, seed: int) -> tuple[list[int], list[int] | list[str] | None]:
+    """The seeds of a row of samples and, where there are texts or classes, evenly spaced ones."""
+    num_classes, prompts = getattr(pipe, "num_classes", None), getattr(pipe, "example_prompts", None)
+    labels: list[int] | list[str] | None = evenly_spaced(num_classes, COLUMNS) if num_classes else None
+    if prompts:
+        labels = [prompts[place] for place in evenly_spaced(len(prompts), COLUMNS)]
     return list(range(seed, seed + (len(labels) if labels else COLUMNS))), labels
 
 
@@ -76,7 +91,7 @@ def _guidance(pipe: DiffusionPipeline, data: TrainingData, seed: int, options: d
     seeds, labels = _one_row(pipe, seed)
     rows = [draw(pipe, seeds, labels, **{**options, "guidance_scale": scale}) for scale in GUIDANCE_SCALES]
     names = [f"w = {scale:g}" for scale in GUIDANCE_SCALES]
-    data.picture(np.concatenate(rows), len(seeds), names).save(path)
+    _save(_picture(pipe, data, np.concatenate(rows), labels, len(seeds), names), path)
     rows = "a row" if data.kind == "images" else "samples"
     named = _classes(pipe, data, labels)
     return f"Classifier-free guidance: {rows} for each guidance_scale w (1 is none){named}, the same seeds for each"
@@ -95,19 +110,35 @@ def _predictions(pipe: DiffusionPipeline, data: TrainingData, seed: int, options
     draw(pipe, seeds, labels, **options, **watched)
     shown = [n for n in SHOWN_STEPS if n < len(predictions)] + [len(predictions)]
     rows = [data.to_samples({"x_0": predictions[n - 1]}) for n in shown]
-    data.picture(np.concatenate(rows), len(seeds), [f"{n} step{'s' if n > 1 else ''}" for n in shown]).save(path)
+    names = [f"{n} step{'s' if n > 1 else ''}" for n in shown]
+    _save(_picture(pipe, data, np.concatenate(rows), labels, len(seeds), names), path)
     return (
         f"The network's prediction of the result after {', '.join(map(str, shown))} of its {len(predictions)} steps"
         f"{_classes(pipe, data, labels)}"
     )
 
 
-def _classes(pipe: DiffusionPipeline, data: TrainingData, labels: Sequence[int] | None) -> str:
+def _picture(
+    pipe: DiffusionPipeline,
+    data: TrainingData,
+    samples: np.ndarray,
+    labels: Sequence[int] | Sequence[str] | None,
+    columns: int,
+    row_labels: Sequence[str],
+) -> Image.Image:
+    """The samples in rows, with the class of each column above it where they stand in a grid."""
     names = getattr(pipe, "id2label", None) or {}
-    shown = ", ".join(names.get(label, str(label)) for label in labels or ())
+    heads = {"column_labels": [names.get(label, str(label)) for label in labels]} if labels else {}
+    return data.picture(samples, columns, row_labels, **(heads if data.kind == "images" else {}))
+
+
+def _classes(pipe: DiffusionPipeline, data: TrainingData, labels: Sequence[int] | Sequence[str] | None) -> str:
+    names = getattr(pipe, "id2label", None) or {}
+    of_texts = bool(labels) and isinstance(labels[0], str)
+    shown = ", ".join(repr(label) if of_texts else names.get(label, str(label)) for label in labels or ())
     # Images stand in a grid; where other kinds of samples stand is a matter of their values.
     place = " from left to right" if data.kind == "images" else ""
-    return f", the classes {shown}{place}" if shown else ""
+    return f", the {'prompts' if of_texts else 'classes'} {shown}{place}" if shown else ""
 
 
 def _nearest_grid(
@@ -118,4 +149,8 @@ def _nearest_grid(
     order = np.argsort(distances, kind="stable")[: min(MOST_PAIRS, len(samples) // columns * columns)]
     rows = [part[order[i : i + columns]] for i in range(0, len(order), columns) for part in (samples, nearest)]
     names = ["samples", "training data"] * (len(rows) // 2)
-    data.picture(np.concatenate(rows), columns, names).save(path)
+    _save(data.picture(np.concatenate(rows), columns, names), path)
+
+
+def _save(picture: Image.Image, path: Path) -> None:
+    write_whole(path, lambda file: picture.save(file, format="PNG"))

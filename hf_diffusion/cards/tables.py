@@ -35,7 +35,7 @@ def words_of(data: dict[str, Any]) -> tuple[str, str]:
 
 def summary_of(kind: str, data: dict[str, Any], training: dict[str, Any]) -> str:
     """The sentence below the title: model, size of a sample, parameters, data and steps."""
-    text = f"A {kind}{_size(kind, data)}"
+    text = f"{'An' if kind[0] in 'aeiou' else 'A'} {kind}{_size(kind, data)}"
     if training.get("parameters"):
         text += f" with {_readable_count(training['parameters'])} parameters"
     text += ", trained with hf_diffusion"
@@ -51,8 +51,8 @@ def _size(kind: str, data: dict[str, Any]) -> str:
     named = "" if kind.endswith(things) else f" {things}"
     if data.get("size"):
         return f" of {'x'.join(map(str, data['size']))}{named}"
-    shape = data.get("sample_shape") or ()
-    size = f" of {shape[0]} numbers" if len(shape) == 1 else f" of shape {'x'.join(map(str, shape))}" if shape else ""
+    shape, values = data.get("sample_shape") or (), data.get("values", "numbers")
+    size = f" of {shape[0]} {values}" if len(shape) == 1 else f" of shape {'x'.join(map(str, shape))}" if shape else ""
     return f" of{named}{size}" if named and "kind" in data else size
 
 

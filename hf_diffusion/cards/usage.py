@@ -45,11 +45,12 @@ def use_of_pipeline(pipeline: DiffusionPipeline, has_code: bool, class_names: li
     arguments = example_arguments(pipeline)
     # A pipeline that does not tell the shape of a sample is one of images.
     draws_images = len(getattr(pipeline, "sample_shape", ("C", "H", "W"))) == 3
+    output = getattr(pipeline, "output_name", "images" if draws_images else None)
     return Use(
         class_name=cls.__name__,
         package=library if library in ("hf_diffusion", "diffusers") else cls.__module__,
         has_code=has_code,
-        call=call_text(arguments, "generator" in _accepted(pipeline), draws_images),
+        call=call_text(arguments, "generator" in _accepted(pipeline), output),
         class_names=_names(getattr(pipeline, "id2label", None), count, class_names),
         is_conditional=bool(count),
         advice=getattr(pipeline, "solver_advice", ""),
@@ -73,17 +74,21 @@ def example_arguments(pipeline: DiffusionPipeline) -> dict[str, Any]:
     return {"batch_size": SHOWN_LABELS} if "batch_size" in accepted else {}
 
 
-def call_text(arguments: Mapping[str, Any], takes_generator: bool = True, gives_images: bool = True) -> str:
-    """The lines that call `pipe` with these arguments and one seed a sample, if that is clear."""
+def call_text(arguments: Mapping[str, Any], takes_generator: bool = True, output: str | None = "images") -> str:
+    """The lines that call `pipe` with these arguments and one seed a sample, if that is clear.
+
+    output: how its output calls the samples; None for any other.
+    """
     given = [f"{name}={_literal(value)}" for name, value in arguments.items()]
-    count, seeds = arguments.get("batch_size") or len(arguments.get("class_labels", ())), ""
+    asked = arguments.get("class_labels", arguments.get("prompt", ()))
+    count, seeds = arguments.get("batch_size") or (0 if isinstance(asked, str) else len(asked)), ""
     if takes_generator and count:
         seeds = f"generators = [torch.Generator().manual_seed(seed) for seed in range({count})]\n"
         given.append("generator=generators")
     elif takes_generator:
         given.append("generator=torch.Generator().manual_seed(0)")
     # The first field of any output of diffusers, whatever its name.
-    result = ("images", ".images") if gives_images else ("samples", "[0]")
+    result = ("samples", "[0]") if output is None else (output, f".{output}")
     return f"{seeds}{result[0]} = pipe({', '.join(given)}){result[1]}"
 
 

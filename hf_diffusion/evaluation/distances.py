@@ -169,7 +169,9 @@ def _inside(points: Tensor, centres: Tensor, neighbours: int, rows: int = 1000) 
     return torch.cat([(torch.cdist(some, centres) < radius).any(1) for some in points.split(rows)])
 
 
-def jackknife_groups(count: int, labels: Sequence[int] | None, groups: int = JACKKNIFE_GROUPS) -> Tensor:
+def jackknife_groups(
+    count: int, labels: Sequence[int] | Sequence[str] | None, groups: int = JACKKNIFE_GROUPS
+) -> Tensor:
     """A random but fixed group for each of `count` samples, int64 (count,).
 
     Each group has the same share of every class.
@@ -179,6 +181,8 @@ def jackknife_groups(count: int, labels: Sequence[int] | None, groups: int = JAC
     """
     order = torch.randperm(count, generator=torch.Generator().manual_seed(1))
     if labels is not None:
+        # texts, too
+        labels = np.unique(np.asarray(labels), return_inverse=True)[1]
         order = order[torch.as_tensor(labels)[order].argsort(stable=True)]
     return torch.empty(count, dtype=torch.long).index_copy(0, order, torch.arange(count) % groups)
 

@@ -16,6 +16,7 @@ from hf_diffusion.evaluation.inputs import (
     class_names,
     load_real_data,
     number_classes_alike,
+    prompts_of,
     proportional_labels,
     sample_shape,
 )
@@ -97,7 +98,8 @@ def evaluate_pipeline(options: EvaluationOptions, swept: SweptPipeline) -> Repor
     """Draw and measure every setting, then measure the model."""
     pipeline = swept.pipeline
     of_samples, of_model = split_metrics(pipeline, options.metrics)
-    data = load_real_data(options, sample_shape(pipeline))
+    form = {"form": pipeline.data_form()} if hasattr(pipeline, "data_form") else {}
+    data = load_real_data(options, sample_shape(pipeline), **form)
     number_classes_alike(data, class_names(pipeline))
     labels = labels_of_samples(pipeline, options, data)
     judge = Judge(options, of_samples, data, class_names(pipeline)) if of_samples else None
@@ -139,7 +141,12 @@ def draw_setting(
 def split_metrics(pipeline: DiffusionPipeline, metrics: tuple[str, ...]) -> tuple[list[str], list[str]]:
     """The metrics of samples and those of the model; UsageError for what the pipeline has not."""
     of_model = model_measures(pipeline)
+    are_texts = getattr(pipeline, "output_name", "images") == "texts"
     for metric in metrics:
+        if are_texts and metric in METRICS:
+            raise UsageError(
+                f"--metrics {metric} compares values, which texts have none of; give {', '.join(of_model)}"
+            )
         if metric not in METRICS and metric not in of_model:
             name = type(pipeline).__name__
             model = f"{', '.join(of_model)} of its model" if of_model else "nothing of its model"
@@ -150,11 +157,16 @@ def split_metrics(pipeline: DiffusionPipeline, metrics: tuple[str, ...]) -> tupl
     return [m for m in metrics if m in METRICS], [m for m in metrics if m not in METRICS]
 
 
-def labels_of_samples(pipeline: DiffusionPipeline, options: EvaluationOptions, data: TrainingData) -> list[int] | None:
-    """The class of every sample: as asked for, in turn; else as frequent as in the data."""
+def labels_of_samples(
+    pipeline: DiffusionPipeline, options: EvaluationOptions, data: TrainingData
+) -> list[int] | list[str] | None:
+    """The class of every sample: as asked for, in turn; else as frequent as in the data.
+
+    Of a pipeline that is asked by texts the text.
+    """
     classes = choose_labels(pipeline, options.class_labels)
     if classes is None:
-        return None
+        return prompts_of(pipeline, data, options.num_images) if options.class_labels == "auto" else None
     names = class_names(pipeline)
     alike = data.num_classes == len(classes) and (not names or names == data.class_names)
     if options.class_labels == "auto" and data.labels is not None and alike:

@@ -235,14 +235,15 @@ def _from_file(path: Path, device: torch.device) -> tuple:
     if path.is_dir():
         return _classifier_folder(path, device)
     if path.suffix == ".safetensors":
-        net = _residual_network(path).to(device).eval()
+        net = residual_network(path).to(device).eval()
         # Of the tensors, since the order of a file's metadata is not the same in every process.
         return path.stem, hash_tensors(net.state_dict()), net, lambda images: net.head(net(images))
     net = torch_script(path, device)
     return path.stem, sha256(path), net, None
 
 
-def _residual_network(path: Path) -> ResNetFeatures:
+def residual_network(path: Path) -> ResNetFeatures:
+    """The network in a .safetensors file; ValueError where it is of another form."""
     state = load_file(path)
     try:
         stem, head = state["stem.weight"], state["head.weight"]

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
+from hf_diffusion.data.listing import list_folder
 from hf_diffusion.data.pixels import from_unit_range
 
 
@@ -82,8 +83,9 @@ def load_image_files(path: Path) -> FileImages:
     """Images and labels of a file or folder; ValueError for what holds none.
 
     .npz: `images` uint8 (N, H, W[, C]), or floating-point in [0, 1], and perhaps `labels` (N,), of
-    numbers or names. .npy: the images alone. A folder: images of one size, in the order of their
-    names; labels from its metadata.csv (file_name, label), or the names of its sub-folders.
+    numbers or names, and `class_names` of the numbers; or arr_0 and arr_1 for images and labels.
+    .npy: the images alone. A folder: images of one size, in the order of their names; labels from
+    its metadata.csv (file_name, and class_name or label), or the names of its sub-folders.
     """
     if path.is_dir():
         images, labels = _from_folder(path)
@@ -104,11 +106,21 @@ def _from_arrays(path: Path) -> tuple[np.ndarray, np.ndarray | None]:
         # np.load would take anything else for a pickle.
         with zipfile.ZipFile(path):
             arrays = dict(np.load(path, allow_pickle=False))
-    except (OSError, ValueError, zipfile.BadZipFile) as error:
-        raise ValueError(f"{path} is no {path.suffix} file of arrays: {error}") from error
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+        raise ValueError(
+            f"{path} is damaged, no {path.suffix} file, or holds Python objects, which could run code; store arrays "
+            "of numbers by np.savez(file, images=...)"
+        ) from error
+    # As guided-diffusion writes them.
+    arrays = {{"arr_0": "images", "arr_1": "labels"}.get(name, name): array for name, array in arrays.items()}
     if "images" not in arrays:
         raise ValueError(f"{path} holds {sorted(arrays)}; it needs the array 'images'")
-    return arrays["images"], arrays.get("labels")
+    labels, names = arrays.get("labels"), arrays.get("class_names")
+    if names is not None and labels is not None and labels.dtype.kind in "iu" and names.dtype.kind == "U":
+        if labels.size and not 0 <= labels.min() <= labels.max() < len(names):
+            raise ValueError(f"{path} has labels {labels.min()} to {labels.max()} and {len(names)} class_names")
+        labels = names[labels]
+    return arrays["images"], labels
 
 
 def _checked_images(images: np.ndarray, path: Path) -> np.ndarray:
@@ -139,8 +151,7 @@ def _checked_labels(labels: np.ndarray | None, count: int, path: Path) -> np.nda
 
 
 def _files_of(folder: Path) -> list[Path]:
-    known = Image.registered_extensions()
-    return sorted(file for file in folder.rglob("*") if file.suffix.lower() in known and file.is_file())
+    return [folder / name for name in list_folder(folder).images]
 
 
 def _from_folder(folder: Path) -> tuple[np.ndarray, np.ndarray | None]:
@@ -166,14 +177,18 @@ def _from_folder(folder: Path) -> tuple[np.ndarray, np.ndarray | None]:
 def _labels_of(folder: Path, files: Sequence[Path]) -> np.ndarray | None:
     if (folder / METADATA).is_file():
         with open(folder / METADATA, newline="", encoding="utf-8") as file:
-            rows = {row.get("file_name"): row.get("label") for row in csv.DictReader(file)}
+            # A number may mean another class in the real data.
+            found = list(csv.DictReader(file))
+            named = bool(found) and "class_name" in found[0]
+            rows = {row.get("file_name"): row.get("class_name") or row.get("label") for row in found}
         labels = [rows.get(str(file.relative_to(folder))) for file in files]
         missing = [file.name for file, label in zip(files, labels) if label is None]
         if missing:
             raise ValueError(
                 f"{folder / METADATA} has no label of {missing[0]}; it needs the columns file_name, label"
             )
-        return np.array([int(label) for label in labels] if all(map(str.isdecimal, labels)) else labels)
+        numbered = all(map(str.isdecimal, labels)) and not named
+        return np.array([int(label) for label in labels] if numbered else labels)
     within = [file.parent.relative_to(folder) for file in files]
     if all(parent == Path() for parent in within):
         return None

@@ -18,7 +18,7 @@ from torch import nn
 from hf_diffusion.data.protocol import TrainingData
 from hf_diffusion.evaluation.feature_networks import load_feature_network
 from hf_diffusion.evaluation.feature_training import trained_network_file
-from hf_diffusion.evaluation.inputs import proportional_labels
+from hf_diffusion.evaluation.inputs import prompts_of, proportional_labels
 from hf_diffusion.evaluation.measures import Evaluation, check_metrics, measure_samples
 from hf_diffusion.evaluation.protocol import samples_protocol, sampling_protocol
 from hf_diffusion.evaluation.reference import Reference, reference_statistics
@@ -74,15 +74,17 @@ class SampleEvaluator:
     ):
         self.accelerator, self.metrics, self.data, self.build_pipeline = accelerator, metrics, data, build_pipeline
         self.count, self.batch_size, self.seed, self.options = num_images, batch_size, seed, options
-        self.labels = proportional_labels(data.labels, num_images) if class_conditional else None
+        pipeline = build_pipeline(model)
+        of_texts = prompts_of(pipeline, data, num_images)
+        self.labels = proportional_labels(data.labels, num_images) if class_conditional else of_texts
         self.reference: Reference | None = None
         spec = trained_network_file(data) if features == "trained" else features
         self.network = load_feature_network(spec, data.sample_shape, accelerator.device)
-        classifies, labelled = self.network.classifier is not None, self.labels is not None
+        classifies, labelled = self.network.classifier is not None, class_conditional
         options_named = ("eval_num_images", "max_train_samples")
         check_metrics(metrics, num_images, len(data), self.network, classifies, labelled, options_named)
         self.keys = [key for metric in metrics for key in (("precision", "recall") if metric == "pr" else (metric,))]
-        trial = draw_two(build_pipeline(model), seed, self.labels, options)
+        trial = draw_two(pipeline, seed, self.labels, options)
         self.network.features(trial)
         self._blank = np.zeros_like(trial[:1])
 

@@ -1,6 +1,7 @@
 """The two sides of an evaluation: real data, and what a pipeline says of its samples."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import yaml
@@ -13,8 +14,12 @@ from hf_diffusion.data.protocol import TrainingData
 from hf_diffusion.evaluation.options import DATA_OPTIONS, EvaluationOptions
 
 
-def load_real_data(options: EvaluationOptions, shape: tuple[int, ...]) -> TrainingData:
+def load_real_data(
+    options: EvaluationOptions, shape: tuple[int, ...], form: dict[str, Any] | None = None
+) -> TrainingData:
     """The real data in the form of samples of `shape`, images resized to it.
+
+    form: what else `load_data` must be told, by a pipeline whose data are no images.
 
     Where the options name none they are those that the pipeline's config.yaml names. ValueError
     where nothing says which, and for data of another form.
@@ -27,11 +32,18 @@ def load_real_data(options: EvaluationOptions, shape: tuple[int, ...]) -> Traini
         chosen = {name: chosen[name] or config.get(name) for name in DATA_OPTIONS}
         if options.label_column == "auto":
             chosen["label_column"] = recorded_label
+        # Of a run on captions; those made of classes are asked for by class.
+        if config.get("caption_template") == []:
+            chosen |= {"captioned": True, "caption_column": config.get("caption_column")}
     if chosen["label_column"] == "auto":
         chosen["label_column"] = None
     if not (chosen["dataset_name"] or chosen["train_data_dir"]):
         raise ValueError("there are no real data to measure against; give --dataset_name or --train_data_dir")
     chosen |= {"split": options.split, "max_train_samples": options.max_reference_images}
+    other = "text_column" if form is None else "image_column"
+    if chosen.pop(other):
+        raise ValueError(f"{other} {getattr(options, other)!r}: the samples of this pipeline are none; leave it out")
+    chosen |= form or {}
     if len(shape) == 3:
         chosen |= {"channels": shape[0], "fit_size": tuple(shape[1:])}
     with PartialState().main_process_first():
@@ -60,6 +72,20 @@ def proportional_labels(real: np.ndarray, count: int) -> list[int]:
     """`count` classes in random but fixed order, as frequent as among `real` labels."""
     ranks = (2 * np.arange(count) + 1) * len(real) // (2 * count)
     return np.random.default_rng(0).permutation(np.sort(real)[ranks]).tolist()
+
+
+def prompts_of(pipeline: DiffusionPipeline, data: TrainingData, count: int) -> list[str] | None:
+    """A text for each of `count` samples: captions of evenly spaced real samples, the examples of
+    the pipeline where these have none; None for a pipeline that is not asked by texts.
+    """
+    examples = getattr(pipeline, "example_prompts", None)
+    captions = getattr(data, "captions", None)
+    if not examples or getattr(pipeline, "num_classes", None) is not None:
+        return None
+    if captions is None:
+        return [examples[i % len(examples)] for i in range(count)]
+    rows = np.arange(count) * len(data) // count
+    return [captions.texts[number] for number in captions.choose(np.zeros_like(rows), rows)]
 
 
 def sample_shape(pipeline: DiffusionPipeline) -> tuple[int, ...]:

@@ -51,11 +51,12 @@ class Judge:
                 self.network = self.network.numbered_as(class_names or ())
         self.reference: Reference | None = None
 
-    def check(self, count: int, labels: Sequence[int] | None) -> None:
+    def check(self, count: int, labels: Sequence[int] | Sequence[str] | None) -> None:
         """ValueError for what `count` samples of these classes cannot be measured by."""
         known = self.classifier or self.network
         classifies = known.classifier is not None
-        check_metrics(self.metrics, count, len(self.data), self.network, classifies, labels is not None)
+        labelled = labels is not None and not isinstance(labels[0], str)
+        check_metrics(self.metrics, count, len(self.data), self.network, classifies, labelled)
         if "label_accuracy" in self.metrics:
             classes = known.classify(torch.zeros(1, *self.data.sample_shape)).shape[1]
             if max(labels) >= classes:

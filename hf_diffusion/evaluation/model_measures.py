@@ -61,7 +61,12 @@ def checked_by(check: Callable[[DiffusionPipeline, TrainingData, ModelMeasureOpt
 
 
 def model_measures(pipeline: DiffusionPipeline) -> dict[str, str | ModelMeasure]:
-    """The measures that the pipeline names: "module:function" or a function, by name."""
+    """The measures that the pipeline names: "module:function" or a function, by name.
+
+    None of a model of latents: they are of what the network draws, and the data are images.
+    """
+    if getattr(pipeline, "vae", None) is not None:
+        return {}
     return dict(getattr(pipeline, "measures", None) or {})
 
 

@@ -8,7 +8,15 @@ from hf_diffusion.sampling.options import SamplingOptions
 
 
 # Those that a run's config.yaml records under the same names.
-DATA_OPTIONS = ("dataset_name", "dataset_config_name", "train_data_dir", "image_column", "label_column", "cache_dir")
+DATA_OPTIONS = (
+    "dataset_name",
+    "dataset_config_name",
+    "train_data_dir",
+    "image_column",
+    "text_column",
+    "label_column",
+    "cache_dir",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,7 +37,8 @@ class EvaluationOptions(SamplingOptions):
     seed: int = option(0, "seed of the first sample", at_least=0)
     class_labels: str = option(
         "auto",
-        "numbers or names separated by commas, taken in turn, 'all' or 'none'; auto is as frequent as in the data",
+        "numbers or names separated by commas, in double quotes where a name has one, taken in turn, 'all' or 'none'; "
+        "auto is as frequent as in the data",
     )
     sweep: tuple[str, ...] = option(
         (), "NAME=A,B: measure every combination of the values of these sampling options", repeatable=True
@@ -52,6 +61,7 @@ class EvaluationOptions(SamplingOptions):
     dataset_config_name: str | None = option(None, "configuration of the data set")
     train_data_dir: str | None = option(None, "folder, .parquet or .zip file of real images")
     image_column: str | None = option(None, "column of the images")
+    text_column: str | None = option(None, "column of the texts")
     # Text, where "none" means no labels.
     label_column: str = option("auto", "column of the classes; 'none' takes none")
     cache_dir: str | None = option(None, "folder for downloaded data sets")

@@ -1,5 +1,6 @@
 """What a measure holds for: which samples, drawn how, against which data."""
 
+import hashlib
 import inspect
 import json
 from collections.abc import Sequence
@@ -15,6 +16,8 @@ from hf_diffusion.evaluation.network_files import hash_tensors
 from hf_diffusion.sampling.drawing import sampling_options
 
 
+# Values of a setting that a protocol writes out.
+LONGEST_TABLE = 32
 DATA_FACTS = ("name", "split", "images", "samples", "size", "resize", "fingerprint")
 
 
@@ -30,7 +33,7 @@ def sampling_protocol(pipeline: DiffusionPipeline, batch_size: int, options: dic
     `batch_size` is that of the calls, since samples of other batch shapes differ in the last bit.
     """
     modules = {n: module for n, module in pipeline.components.items() if isinstance(module, torch.nn.Module)}
-    scheduler = {k: v for k, v in pipeline.scheduler.config.items() if not k.startswith("_")}
+    scheduler = {k: _brief(v) for k, v in pipeline.scheduler.config.items() if not k.startswith("_")}
     parameters = inspect.signature(pipeline.__call__).parameters
     defaults = {name: parameters[name].default for name in sampling_options(pipeline) if name in parameters}
     return {
@@ -45,10 +48,18 @@ def sampling_protocol(pipeline: DiffusionPipeline, batch_size: int, options: dic
     }
 
 
+def _brief(value: Any) -> Any:
+    """A setting; of a long table, which every line of a run's metrics would repeat, its hash."""
+    if not isinstance(value, list | tuple) or len(value) <= LONGEST_TABLE:
+        return value
+    digest = hashlib.sha256(json.dumps(value, default=str).encode()).hexdigest()
+    return f"{len(value):,} values, sha256 {digest[:12]}"
+
+
 def samples_protocol(
     count: int,
     seed: int | None,
-    labels: Sequence[int] | None,
+    labels: Sequence[int] | Sequence[str] | None,
     sampling: dict[str, Any],
     network: FeatureNetwork,
     classifier: FeatureNetwork | None = None,
@@ -57,14 +68,21 @@ def samples_protocol(
 
     `seed` is that of the first sample, None for samples that nobody drew here.
     """
-    classes = None
-    if labels is not None:
+    classes, prompts = None, {}
+    if labels is not None and isinstance(labels[0], str):
+        prompts = {
+            "prompts": {
+                "different": len(set(labels)),
+                "sha256": hashlib.sha256("\n".join(labels).encode()).hexdigest(),
+            }
+        }
+    elif labels is not None:
         classes = {int(label): int(number) for label, number in zip(*np.unique(labels, return_counts=True))}
     networks = {"features": network.describe()}
     if classifier is not None:
         networks["classifier"] = classifier.describe()
     seeds = None if seed is None else [seed, seed + count - 1]
-    return {"count": count, "seeds": seeds, "images_of_class": classes, "sampling": sampling, **networks}
+    return {"count": count, "seeds": seeds, "images_of_class": classes, **prompts, "sampling": sampling, **networks}
 
 
 def protocol_text(protocol: dict[str, Any]) -> str:

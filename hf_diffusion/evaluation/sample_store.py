@@ -62,7 +62,7 @@ class Samples:
 def sample_images(
     pipeline: DiffusionPipeline,
     seeds: Sequence[int],
-    labels: Sequence[int] | None,
+    labels: Sequence[int] | Sequence[str] | None,
     folder: str | os.PathLike,
     chunk_size: int = 256,
     progress: bool = True,
@@ -95,7 +95,8 @@ def sample_images(
         for start, stop in mine:
             wanted = {"seeds": np.array(seeds[start:stop], dtype=np.int64)}
             if labels is not None:
-                wanted["labels"] = np.array(labels[start:stop], dtype=np.int64)
+                # texts, or classes
+                wanted["labels"] = np.array(labels[start:stop])
             _draw_chunk(pipeline, _chunk_file(target, start, stop), wanted, options)
             bar.update(stop - start)
     state.wait_for_everyone()

@@ -30,7 +30,8 @@ class SweptPipeline:
         plain = load_for_sampling(replace(options, guide_by=None))
         self.by_guidance = {"classifier_free": plain}
         if options.guide_by is not None:
-            self.by_guidance["classifier"] = guided_by(plain, options.guide_by).to(plain.device)
+            kind = "clip" if "clip" in plain.components else "classifier"
+            self.by_guidance[kind] = guided_by(plain, options.guide_by).to(plain.device)
         self.pipeline = self.by_guidance.get("classifier", plain)
         self.scheduler = plain.scheduler
         self.fixed = call_options(self.pipeline, options)
@@ -44,13 +45,17 @@ class SweptPipeline:
         # Made anew, since a scheduler keeps the state of its last run.
         pipeline.scheduler = replace_scheduler(type(self.scheduler).from_config(self.scheduler.config), *named)
         of_call = {name: value for name, value in setting.items() if name not in OF_THE_PIPELINE}
-        return pipeline, self.fixed | of_call
+        call = self.fixed | of_call
+        if setting.get("guidance") == "clip":
+            # the scale of its gradient, beside plain conditional sampling
+            call |= {"clip_guidance_scale": call.get("guidance_scale", 1.0), "guidance_scale": 1.0}
+        return pipeline, call
 
     def _values(self, text: str) -> tuple[str, list[Any]]:
         """Name and values of one --sweep; UsageError for what cannot be varied."""
         name, _, words = text.partition("=")
         if name == "guidance" and len(self.by_guidance) < 2:
-            raise UsageError(f"--sweep {text}: comparing kinds of guidance needs --guide_by, the classifier")
+            raise UsageError(f"--sweep {text}: comparing kinds of guidance needs --guide_by, the classifier or clip")
         choices = {"guidance": self.by_guidance, "scheduler": SCHEDULERS, "timestep_spacing": SPACINGS}.get(name)
         if choices is None:
             convert = self._converter(name, text)

@@ -71,6 +71,11 @@ def _own_shards(parameters: Iterable[nn.Parameter]) -> list[Tensor]:
     return [p.to_local().detach().requires_grad_(p.requires_grad) if isinstance(p, DTensor) else p for p in parameters]
 
 
+def is_of_transformers(network: nn.Module) -> bool:
+    """Whether a network is one of transformers, whose config is no dictionary."""
+    return hasattr(getattr(network, "config", None), "to_dict")
+
+
 class SharedNetwork:
     """The network that users get, as copies: the weights in training are never swapped, so they
     cannot be mixed up.
@@ -97,7 +102,8 @@ class SharedNetwork:
     def description(self) -> dict[str, Any]:
         """Class and settings of the network, with which others can build it again."""
         source = self.accelerator.unwrap_model(self.network)
-        config = {name: value for name, value in source.config.items() if not name.startswith("_")}
+        settings = source.config.to_dict() if is_of_transformers(source) else source.config
+        config = {name: value for name, value in settings.items() if not name.startswith("_")}
         return {"class": written_class(source).__name__, "config": config}
 
     @property
@@ -120,7 +126,9 @@ class SharedNetwork:
     def raw_copy(self) -> nn.Module:
         """A copy with the weights of now, in evaluation mode."""
         source = self.accelerator.unwrap_model(self.network)
-        network = written_class(source).from_config(source.config).to(self.accelerator.device)
+        cls = written_class(source)
+        network = cls(source.config) if is_of_transformers(source) else cls.from_config(source.config)
+        network = network.to(self.accelerator.device)
         network.load_state_dict({name: full_tensor(tensor) for name, tensor in source.state_dict().items()})
         return network.eval().requires_grad_(False)
 

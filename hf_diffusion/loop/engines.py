@@ -99,9 +99,14 @@ def check_engine(accelerator: Accelerator, config: TrainingConfig) -> None:
             f"{started} processes were started, but accelerate joins them on GPUs only, and each would train alone "
             "into the same output_dir; on the CPU set ACCELERATE_USE_CPU=true before the command"
         )
-    if parallelism(accelerator) != DATA_PARALLEL and config.dry_run:
+    asked = {
+        "dry_run": config.dry_run,
+        "max_train_minutes": config.max_train_minutes is not None,
+        "preset auto": config.preset == "auto" and config.resume_from_checkpoint is None,
+    }
+    for name in (name for name in asked if asked[name] and parallelism(accelerator) != DATA_PARALLEL):
         raise ValueError(
-            f"dry_run measures a whole network on every process; run it without {parallelism(accelerator)}"
+            f"{name} measures a whole network on every process; run it without {parallelism(accelerator)}"
         )
     if parallelism(accelerator) == "FSDP" and config.push_to_hub and config.hub_strategy != "end":
         raise ValueError(

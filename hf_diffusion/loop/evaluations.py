@@ -40,6 +40,10 @@ class Evaluations:
         """The results of a step; None where it was not measured."""
         return self.results if self.step == step else None
 
+    def in_short(self) -> dict[str, str]:
+        """The last results by their short names, for the side of a bar."""
+        return {key: f"{measure.value:.3g}" for result in self.results for key, measure in result.measures.items()}
+
     def measure(self, step: int, copy: Callable[[], nn.Module], stop: StopSignal) -> None:
         """Measure `copy()`, log and show the results, and keep the model if it is the best."""
         if not self.evaluators:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from hf_diffusion.config.run_options import TrainingConfig
 from hf_diffusion.data.protocol import TrainingData
 from hf_diffusion.hub.loading import load_pipeline
-from hf_diffusion.loop.checkpoints import MANIFEST, read_manifest
+from hf_diffusion.loop.checkpoints import MANIFEST, latest_checkpoint, read_manifest
 from hf_diffusion.loop.states import AVERAGE, read_state
 
 
@@ -73,18 +73,18 @@ def started_from(
 
 def open_trained(source: str, wanted: Sequence[type]) -> Trained:
     """What `source` holds of one of the wanted classes, with averaged weights; ValueError where it
-    holds none."""
-    folder = Path(source)
+    holds none.
+
+    Of a run that has not come to its pipeline the newest checkpoint is taken.
+    """
+    folder = newest_checkpoint(source)
     if (folder / MANIFEST).is_file():
         return _of_checkpoint(folder, wanted)
     if folder.is_dir() and not any(
         (folder / name).is_file() for name in (DiffusionPipeline.config_name, "config.json")
     ):
         raise ValueError(f"init_from {source} holds no pipeline, no model and no checkpoint; give a folder that does")
-    alone = (folder / "config.json").is_file() or (
-        not folder.exists() and source.count("/") == 1 and not file_exists(source, DiffusionPipeline.config_name)
-    )
-    if alone:
+    if (folder / "config.json").is_file() or (not folder.exists() and _is_network_on_the_hub(source)):
         network = wanted[0].from_pretrained(source)
         return Trained(network, names_of(network.config.get("id2label")), network.config.get("noise_schedule") or {})
     pipe = load_pipeline(source)
@@ -93,6 +93,25 @@ def open_trained(source: str, wanted: Sequence[type]) -> Trained:
         has = ", ".join(type(part).__name__ for part in pipe.components.values() if isinstance(part, nn.Module))
         raise ValueError(f"init_from {source} has {has or 'no network'}, and this run trains a {_spoken(wanted)}")
     return Trained(found[0], names_of(getattr(pipe, "id2label", None)), _settings(pipe.scheduler))
+
+
+def _is_network_on_the_hub(source: str) -> bool:
+    """Whether a repository holds one network alone; what is wrong with it, `load_pipeline` says."""
+    try:
+        return file_exists(source, "config.json") and not file_exists(source, DiffusionPipeline.config_name)
+    except (OSError, ValueError):
+        return False
+
+
+def newest_checkpoint(source: str) -> Path:
+    """The newest checkpoint in the folder of an unfinished run; any other source as it is."""
+    folder = Path(source).expanduser()
+    if any((folder / name).is_file() for name in (MANIFEST, DiffusionPipeline.config_name, "config.json")):
+        return folder
+    newest = latest_checkpoint(folder) if folder.is_dir() else None
+    if newest is not None:
+        _say(f"{source} is an unfinished run: starting from its {newest.name}")
+    return newest or folder
 
 
 def check_process(source: str, trained: dict[str, Any], wanted: dict[str, Any]) -> None:

@@ -68,7 +68,7 @@ def write_card(
     facts, pipeline = facts_of(trainer, command, data_facts), saved_pipeline(folder)
     pictures = None
     if with_pictures and pipeline is not None:
-        pictures = draw_run_pictures(facts, folder, trainer.data, pipeline.to(trainer.accelerator.device))
+        pictures = draw_run_pictures(facts, folder, trainer.data.as_drawn, pipeline.to(trainer.accelerator.device))
     write_run_card(facts, folder, pipeline, pictures)
 
 

@@ -44,7 +44,7 @@ def generative_trainer(
     def export(network: nn.Module, folder: Path) -> None:
         build_pipeline(network).save_pretrained(folder)
 
-    def preview(network: nn.Module) -> Image.Image:
+    def preview(network: nn.Module) -> Image.Image | str:
         return sample_grid(build_pipeline(network), data, config.num_sample_images, config.seed, sampling)
 
     return Trainer(config, accelerator, objective, data, export, preview, evaluators)
@@ -74,13 +74,13 @@ def sample_evaluators(
     if not config.eval_metrics:
         return []
     plain = data
-    if config.random_flip or not config.center_crop:
+    if plain.as_drawn is data and (config.random_flip or not config.center_crop):
         with accelerator.main_process_first():
             plain = load_unaugmented(config.data_arguments(), data)
     evaluator = SampleEvaluator(
         accelerator,
         config.eval_metrics,
-        plain,
+        plain.as_drawn,
         build_pipeline,
         network,
         class_conditional=config.class_conditional,
@@ -106,12 +106,12 @@ def check_best_metric(config: TrainingConfig, evaluators: Sequence[Evaluator]) -
 
 def sample_grid(
     pipeline: DiffusionPipeline, data: TrainingData, count: int, seed: int, sampling: dict[str, Any]
-) -> Image.Image:
-    """A picture of samples from fixed seeds, a row for each class where there are classes."""
+) -> Image.Image | str:
+    """Samples from fixed seeds, as a picture with a row for each text or class, or as text."""
     names = getattr(pipeline, "id2label", None) or {}
-    classes = sorted(names)
-    columns = max(1, count // len(classes) if classes else round(count**0.5))
-    labels = [label for label in classes for _ in range(columns)][:count] or None
+    asked = getattr(pipeline, "example_prompts", None) or sorted(names)
+    columns = max(1, count // len(asked) if asked else round(count**0.5))
+    labels = [label for label in asked for _ in range(columns)][:count] or None
     samples = draw(pipeline, [seed + i for i in range(len(labels or range(count)))], labels, **sampling)
-    rows = [names[label] for label in labels[::columns]] if labels else None
+    rows = [names.get(label, label) for label in labels[::columns]] if labels else None
     return data.picture(samples, columns, rows)

@@ -1,14 +1,12 @@
 """The network that a run starts from, taken from a trained pipeline."""
 
-from pathlib import Path
-
 import torch
 
 from hf_diffusion.config.run_options import TrainingConfig
 from hf_diffusion.data.protocol import TrainingData
 from hf_diffusion.hub.loading import load_pipeline
 from hf_diffusion.loop.checkpoints import MANIFEST
-from hf_diffusion.loop.fine_tuning import Trained, check_process, fitted, names_of, open_trained
+from hf_diffusion.loop.fine_tuning import Trained, check_process, fitted, names_of, newest_checkpoint, open_trained
 from hf_diffusion.models.ncsnpp_ddgan import DDGANGenerator
 from hf_diffusion.models.unet_adm import ADMGenerator, ADMUNet2DModel
 from hf_diffusion.pipelines.pipeline_ddgan import DDGANPipeline
@@ -24,7 +22,7 @@ def trained_generator(
     Its embeddings of classes are carried over by their names.
     """
     config.is_started = True
-    is_checkpoint = (Path(config.init_from) / MANIFEST).is_file()
+    is_checkpoint = (newest_checkpoint(config.init_from) / MANIFEST).is_file()
     pipe = None if is_checkpoint else load_pipeline(config.init_from)
     # of the latent's embedding, which is new
     torch.manual_seed(config.seed)
@@ -35,7 +33,7 @@ def trained_generator(
             config.init_from, trained.process, {**wanted, "num_timesteps": process.config.num_train_timesteps}
         )
         generator, names = trained.network, trained.class_names
-    elif isinstance(getattr(pipe, "unet", None), ADMUNet2DModel):
+    elif isinstance(getattr(pipe, "unet", None), ADMUNet2DModel) and hasattr(pipe.scheduler, "alphas_cumprod"):
         generator = ADMGenerator.from_denoiser(
             pipe.unet,
             pipe.scheduler.alphas_cumprod,
@@ -46,8 +44,8 @@ def trained_generator(
         names = names_of(getattr(pipe, "id2label", None))
     else:
         raise ValueError(
-            f"init_from {config.init_from} is a {type(pipe).__name__}; a DDGANPipeline or a pipeline with an "
-            "ADMUNet2DModel is needed"
+            f"init_from {config.init_from} is a {type(pipe).__name__}; a DDGANPipeline, or a pipeline with an "
+            "ADMUNet2DModel that was trained on a Gaussian process by train_ddpm.py, is needed"
         )
     shape = generator.config
     size = (shape.sample_size,) * 2 if isinstance(shape.sample_size, int) else tuple(shape.sample_size)

@@ -17,7 +17,10 @@ from hf_diffusion.loop.checkpoints import list_checkpoints
 
 
 logger = logging.getLogger(__name__)
-PREVIEW = "data_preview.png"
+# The settings that repeat a run.
+CONFIG = "config.yaml"
+# A picture, .png, or a text, .txt.
+PREVIEW = "data_preview"
 # Where a run that is to be overwritten waits until the new one has its first checkpoint.
 FORMER = ".former-run"
 # What a run leaves beside its checkpoints and its model. The card stays, since people write into
@@ -25,7 +28,7 @@ FORMER = ".former-run"
 LEFT_BY_A_RUN = (
     "metrics.jsonl",
     "metrics.json",
-    "config.yaml",
+    CONFIG,
     "loss_curve.png",
     "samples",
     "outbox",
@@ -74,7 +77,7 @@ def claimed(folder: Path) -> Iterator[None]:
 def check_content(folder: Path, overwrite: bool, resume: bool) -> None:
     """ValueError where the folder holds another run, or a card that the end of the run could not
     renew."""
-    used = [path.name for path in folder.iterdir() if path.name != PREVIEW]
+    used = [path.name for path in folder.iterdir() if path.stem != PREVIEW]
     if used and not (overwrite or resume):
         raise ValueError(
             f"output_dir {folder} is not empty; go on with its run by --resume_from_checkpoint latest, begin anew by "

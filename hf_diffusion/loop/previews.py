@@ -8,7 +8,7 @@ from accelerate import Accelerator
 from PIL import Image
 from torch import nn
 
-from hf_diffusion.files import write_whole
+from hf_diffusion.files import write_shown
 from hf_diffusion.loop.signals import StopSignal
 
 
@@ -20,12 +20,18 @@ class DrawingStopped(Exception):
 
 
 class Previews:
-    """`samples/raw-STEP.png` and `ema-STEP.png`: what `preview(network)` draws, by the main
-    process, until a signal.
+    """`samples/raw-STEP.png` and `ema-STEP.png`, .txt of texts: what `preview(network)` draws, by
+    the main process, until a signal; `show(step, drawn)` hands them to trackers.
     """
 
-    def __init__(self, accelerator: Accelerator, output_dir: Path, preview: Callable[[nn.Module], Image.Image] | None):
-        self.accelerator, self.folder, self.preview = accelerator, output_dir / FOLDER, preview
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        output_dir: Path,
+        preview: Callable[[nn.Module], Image.Image | str] | None,
+        show: Callable[[int, dict[str, Image.Image | str]], None],
+    ):
+        self.accelerator, self.folder, self.preview, self.show = accelerator, output_dir / FOLDER, preview, show
 
     def draw(self, step: int, networks: Callable[[], dict[str, nn.Module]], stop: StopSignal) -> None:
         """Draw with each of `networks()`, which processes that hold a part of them are asked for,
@@ -52,7 +58,8 @@ class Previews:
     def _draw(self, step: int, kind: str, network: nn.Module) -> None:
         with self.accelerator.autocast():
             grid = self.preview(network)
-        write_whole(self.folder / f"{kind}-{step:08d}.png", lambda file: grid.save(file, format="PNG"))
+        write_shown(self.folder / f"{kind}-{step:08d}", grid)
+        self.show(step, {f"samples/{kind}": grid})
 
     def _go_on(self, stop: StopSignal, drawing: bool) -> bool:
         """Whether the main process is still drawing.

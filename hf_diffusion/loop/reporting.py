@@ -5,14 +5,16 @@ experiment trackers.
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
+from PIL import Image
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -52,6 +54,11 @@ class RunningMeans:
         value = value.detach().float()
         pair = torch.stack([(value * weight).sum(), weight.sum().to(value.dtype)])
         self.sums[name] = self.sums[name] + pair if name in self.sums else pair
+
+    def so_far(self, names: Iterable[str]) -> dict[str, float]:
+        """The means of some values on this process since the last report, for which it waits."""
+        pairs = {name: self.sums[name].tolist() for name in names if name in self.sums}
+        return {name: total / count for name, (total, count) in pairs.items() if count}
 
     def report(self, accelerator: Accelerator) -> dict[str, float]:
         """The means over all processes since the last report.
@@ -111,6 +118,24 @@ class MetricsLog:
                 file.write(json.dumps(record) + "\n")
         self.accelerator.log(values, step=step)
 
+    def show(self, step: int, pictures: Mapping[str, Image.Image | str]) -> None:
+        """Hand pictures or texts, by their names, to the trackers that take any."""
+        for tracker in self.accelerator.trackers:
+            for name, picture in pictures.items():
+                if isinstance(picture, str):
+                    tracker.log({name: picture}, step=step)
+                    continue
+                pixels = np.asarray(picture.convert("RGB"))
+                if tracker.name == "tensorboard":
+                    tracker.log_images({name: pixels[None]}, step=step, dataformats="NHWC")
+                elif tracker.name == "wandb":
+                    tracker.log_images({name: [pixels]}, step=step)
+                elif tracker.name == "trackio":
+                    # It is there, since accelerate has started it.
+                    import trackio
+
+                    tracker.log({name: trackio.Image(pixels)}, step=step)
+
     def has_evaluation(self, step: int) -> bool:
         """Whether the file holds measures of this step.
 
@@ -145,6 +170,10 @@ class Progress:
     def advance(self) -> None:
         """One step more."""
         self.bar.update()
+
+    def set_total(self, total: int) -> None:
+        """The run has another length now."""
+        self.bar.total = total
 
     def show(self, figures: dict[str, str]) -> None:
         """Put figures beside the bar."""

@@ -7,8 +7,11 @@ from diffusers import DiffusionPipeline
 from torch import nn
 
 from hf_diffusion.config.run_options import TrainingConfig
+from hf_diffusion.data.classes import match_classes
 from hf_diffusion.data.protocol import TrainingData
 from hf_diffusion.hub.loading import load_pipeline
+from hf_diffusion.loop.checkpoints import MANIFEST
+from hf_diffusion.loop.fine_tuning import Trained, fitted, names_of, newest_checkpoint
 from hf_diffusion.pipelines.sampling_parts import sides
 
 
@@ -67,6 +70,11 @@ def trained_denoiser(config: TrainingConfig, data: TrainingData) -> tuple[nn.Mod
     ValueError where it does not fit the data, or its process is not understood.
     """
     config.is_started = True
+    if (newest_checkpoint(config.init_from) / MANIFEST).is_file():
+        raise ValueError(
+            f"init_from {config.init_from} holds a checkpoint, which does not tell the noise levels of its network; "
+            "give the pipeline that its run saves at the end"
+        )
     pipe = load_pipeline(config.init_from)
     network, scheduler = getattr(pipe, "unet", None), getattr(pipe, "scheduler", None)
     read = next((read for attribute, read in PROCESSES.items() if hasattr(scheduler, attribute)), None)
@@ -84,4 +92,9 @@ def trained_denoiser(config: TrainingConfig, data: TrainingData) -> tuple[nn.Mod
             f"training wants {tuple(data.sample_shape)} and {classes or 'none'}; choose resolution, channels and "
             "class_conditional to agree"
         )
+    names = names_of(getattr(pipe, "id2label", None))
+    if classes is not None and names is not None and names != tuple(data.class_names):
+        # Other names are refused; the same ones may have other numbers.
+        match_classes(data.class_names, names, f"data set {data.name}")
+        network = fitted(config.init_from, Trained(network, names, {}), {}, data.class_names)
     return network, read(pipe)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
 from PIL import Image
 from torch import Tensor, nn
 
@@ -22,11 +23,14 @@ from hf_diffusion.evaluation.in_training import Evaluator
 from hf_diffusion.loop.averages import SharedNetwork
 from hf_diffusion.loop.best import BestModel
 from hf_diffusion.loop.continuation import Continuation
+from hf_diffusion.loop.deadline import Deadline
 from hf_diffusion.loop.energy import EnergyCount
 from hf_diffusion.loop.engines import check_players, describe_to_deepspeed, parallelism
 from hf_diffusion.loop.evaluations import Evaluations
+from hf_diffusion.loop.feed import DeviceFeed
 from hf_diffusion.loop.launching import how_to_go_on
 from hf_diffusion.loop.nonfinite import bound_loss_scale
+from hf_diffusion.loop.output_folder import CONFIG
 from hf_diffusion.loop.previews import Previews
 from hf_diffusion.loop.reporting import MetricsLog, Progress, RunningMeans, Stopwatch
 from hf_diffusion.loop.signals import StopSignal
@@ -36,8 +40,12 @@ from hf_diffusion.losses.objective import Objective
 from hf_diffusion.randomness import BLOCK, BatchOrder, Draw
 
 
-# The settings that repeat a run, in its folder.
-CONFIG = "config.yaml"
+# Beside the bar from the first steps on, before the first report; each costs a wait for the device.
+EARLY = (1, 2, 3, 5, 10, 20)
+# Steps that a stream of a run without a fixed length may go to.
+ENDLESS = 2**40
+# When a first picture is drawn, long before the first regular one.
+FIRST_PREVIEW = 50
 
 
 class Trainer:
@@ -76,8 +84,8 @@ class Trainer:
         self.updater = Updater(
             config, accelerator, objective, self.shared, self.means, self.progress, self.total_steps
         )
-        self.previews = Previews(accelerator, self.output_dir, preview)
         self.log = MetricsLog(accelerator, self.output_dir, objective.draw_curve)
+        self.previews = Previews(accelerator, self.output_dir, preview, self.log.show)
         # those of the script, for what is to be typed to go on
         self.arguments = sys.argv[1:]
         # set on the main process where saves are shared
@@ -101,6 +109,7 @@ class Trainer:
         self.step, spent = manifest["step"], manifest.get("spent", {})
         self.wall_time, self.joules = spent.get("wall_time", 0.0), spent.get("joules", {})
         self.updater.skipped = spent.get("skipped", 0)
+        self.deadline = None if objective.goes_by_length else Deadline.of(config, self.step, self.total_steps)
         # Rows that share a generator of noise: a run goes on with what it has begun with. Absent
         # from checkpoints of versions before 0.2, which drew all rows from one.
         self.noise_block: int | None = manifest.get("noise_block")
@@ -149,10 +158,14 @@ class Trainer:
             self.optimizer_step(stream)
             self.step += 1
             self.progress.advance()
+            if self.deadline is not None and self.deadline.is_due(self.step):
+                self._plan(self.wall_time + time.perf_counter() - began)
+            if self.step in EARLY and self.step < config.logging_steps:
+                self._show(self.means.so_far(self.objective.shown))
             if self.step % config.logging_steps == 0 or self.step == self.total_steps:
                 self._report()
             with self.watch.paused():
-                if self._is_due(config.sample_steps):
+                if self._is_due(config.sample_steps) or self._is_due_early():
                     self.previews.draw(self.step, self.shared.copies, stop)
                 if self._is_due(config.eval_steps):
                     self._evaluate(stop)
@@ -165,6 +178,20 @@ class Trainer:
                 return False
         return True
 
+    def _plan(self, elapsed: float) -> None:
+        """Fit the length of the run to its minutes, on all processes by the clock of the first."""
+        config = self.config
+        plan = self.deadline.plan(self.step, broadcast_object_list([elapsed])[0])
+        if plan is None:
+            return
+        config.max_train_steps = plan.total_steps
+        if config.lr_scheduler == "trapezoid" and "lr_decay_steps" not in config.given:
+            config.lr_decay_steps = plan.decay_steps
+        self.total_steps = self.updater.total_steps = self.continuation.identity["total_steps"] = plan.total_steps
+        self.progress.set_total(plan.total_steps)
+        if self.accelerator.is_main_process:
+            save_config(config, self.output_dir / CONFIG)
+
     def _is_due(self, interval: int | None) -> bool:
         """Whether something that happens every `interval` steps does so now.
 
@@ -172,30 +199,35 @@ class Trainer:
         """
         return bool(interval) and self.step % interval == 0 and 0 < self.step < self.total_steps
 
-    def batches(self) -> Iterator[dict[str, Tensor]]:
-        """Every micro-batch of this process from the current step on."""
-        pin = self.accelerator.device.type == "cuda"
-        workers = self.config.dataloader_num_workers
-        return self.data.batches(self.order, self.step, self.total_steps, workers, pin)
+    def _is_due_early(self) -> bool:
+        """Whether a first picture is drawn, long before the first regular one."""
+        return self.step == FIRST_PREVIEW < min(self.config.sample_steps or 0, self.total_steps)
 
-    def optimizer_step(self, stream: Iterator[dict[str, Tensor]]) -> None:
+    def batches(self) -> DeviceFeed:
+        """Every micro-batch of this process from the current step on."""
+        workers = self.config.dataloader_num_workers
+        end = self.total_steps if self.deadline is None else ENDLESS
+        stream = self.data.batches(self.order, self.step, end, workers)
+        return DeviceFeed(stream, self.accelerator.device)
+
+    def optimizer_step(self, stream: DeviceFeed) -> None:
         """Every player's turn of the current step, on the next micro-batches of the stream."""
         self.updater.step(self.step, self._micro_batches(stream))
 
-    def _micro_batches(self, stream: Iterator[dict[str, Tensor]]) -> Iterator[Micro]:
+    def _micro_batches(self, stream: DeviceFeed) -> Iterator[Micro]:
         """The number, the images and the random numbers of each micro-batch of the current step."""
         for micro in range(self.config.gradient_accumulation_steps):
-            batch = self.to_device(self.watch.wait(stream))
-            yield micro, batch, self.draw(micro)
+            yield micro, self.in_layout(self.watch.wait(stream)), self.draw(micro)
+            # the device still computes what was asked of it
+            stream.look_ahead()
 
     def draw(self, micro: int) -> Draw:
         """The random numbers of a micro-batch of the current step."""
         rows, device = self.order.rows(micro), self.accelerator.device
         return Draw(self.config.seed, self.step, rows, self.global_batch, device, self.noise_block)
 
-    def to_device(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The batch where the network computes, in the memory format of the settings."""
-        batch = {name: value.to(self.accelerator.device, non_blocking=True) for name, value in batch.items()}
+    def in_layout(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The batch in the memory format of the settings."""
         if self.config.channels_last:
             batch["x_0"] = batch["x_0"].contiguous(memory_format=torch.channels_last)
         return batch
@@ -211,11 +243,14 @@ class Trainer:
         values |= bound_loss_scale(self.accelerator.scaler)
         self.log.write(self.step, values)
         self.joules = self.energy.joules() if self.energy else {}
-        shown = {name: format(values[name], form) for name, form in self.objective.shown.items() if name in values}
-        speed = {"img_s": f"{values['images_per_second']:.0f}", "data_wait": f"{values['data_wait']:.0%}"}
-        self.progress.show(shown | speed)
+        self._show(values, {"img_s": f"{values['images_per_second']:.0f}", "data_wait": f"{values['data_wait']:.0%}"})
         if remark := self.objective.remark(values):
             self.progress.say(f"step {self.step}: {remark}")
+
+    def _show(self, values: dict[str, float], speed: dict[str, str] | None = None) -> None:
+        """Put the loss, the speed and the last measures beside the bar."""
+        shown = {name: format(values[name], form) for name, form in self.objective.shown.items() if name in values}
+        self.progress.show(shown | (speed or {}) | self.evaluations.in_short())
 
     def _evaluate(self, stop: StopSignal) -> None:
         self.evaluations.measure(self.step, self.shared.copy, stop)

@@ -12,7 +12,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from hf_diffusion.config.run_options import TrainingConfig
-from hf_diffusion.loop.averages import SharedNetwork
+from hf_diffusion.loop.averages import SharedNetwork, is_of_transformers
 from hf_diffusion.loop.engines import compile_options, full_tensor, parallelism
 from hf_diffusion.loop.learning_rate import lr_factor
 from hf_diffusion.loop.nonfinite import TrainingDiverged, bad_rows_in_words, check_loss_scale
@@ -209,7 +209,8 @@ def prepare_player(config: TrainingConfig, accelerator: Accelerator, player: Pla
     if config.channels_last:
         network = network.to(memory_format=torch.channels_last)
     if config.gradient_checkpointing:
-        network.enable_gradient_checkpointing()
+        name = "gradient_checkpointing_enable" if is_of_transformers(network) else "enable_gradient_checkpointing"
+        getattr(network, name)()
     if config.torch_compile and player.compilable:
         # in place, so that the names in the state dict stay as they are
         network.compile(**compile_options())

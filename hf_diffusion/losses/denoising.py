@@ -88,8 +88,8 @@ class DenoisingObjective(Objective):
     ):
         self.scheduler, self.options, self.accelerator = scheduler, options, accelerator
         self.num_timesteps = scheduler.config.num_train_timesteps
-        self.class_conditional = network.config.num_class_embeds is not None
-        self.null_class_id = network.null_class_id
+        self.class_conditional = getattr(network.config, "num_class_embeds", None) is not None
+        self.null_class_id = getattr(network, "null_class_id", None)
         self.importance = None
         if options.timestep_sampling == "loss_second_moment":
             self.importance = LossSecondMomentSampler(self.num_timesteps)
@@ -98,7 +98,7 @@ class DenoisingObjective(Objective):
 
     def values(self, network: nn.Module, batch: dict[str, Tensor], draw: Draw | FixedDraw) -> Values:
         """The loss (B,) of a micro-batch; evaluation mode drops no labels and weighs evenly."""
-        x_0, labels = batch["x_0"], batch["labels"] if self.class_conditional else None
+        x_0 = batch["x_0"]
         weighs = self.importance is not None and network.training
         if weighs:
             t, factor = self.importance.sample(draw.uniform())
@@ -106,15 +106,22 @@ class DenoisingObjective(Objective):
             t = timesteps(draw.level(SPREADS.get(self.options.timestep_sampling)), self.num_timesteps)
         noise = draw.normal(*x_0.shape[1:])
         x_t = self.scheduler.add_noise(x_0, noise, t)
-        if self.null_class_id is not None and network.training:
-            labels = torch.where(draw.uniform() < self.options.label_dropout, self.null_class_id, labels)
-        losses = self.losses(network(x_t, t, labels).sample, x_0, x_t, noise, t)
+        losses = self.losses(self.predict(network, x_t, t, batch, draw), x_0, x_t, noise, t)
         if weighs:
             # All processes keep the same history.
             gather = self.accelerator.gather
             self.importance.update(gather(t), gather(losses.detach()))
             losses = losses * factor
         return {"loss": losses.float(), "level": t / self.num_timesteps}
+
+    def predict(
+        self, network: nn.Module, x: Tensor, t: Tensor, batch: dict[str, Tensor], draw: Draw | FixedDraw
+    ) -> Tensor:
+        """The network's output for x (B, ...) and timesteps t (B,), told its class."""
+        labels = batch["labels"] if self.class_conditional else None
+        if self.null_class_id is not None and network.training:
+            labels = torch.where(draw.uniform() < self.options.label_dropout, self.null_class_id, labels)
+        return network(x, t, labels).sample
 
     def losses(self, output: Tensor, x_0: Tensor, x_t: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         """The loss of each image (B,) for the network's output at timesteps t."""

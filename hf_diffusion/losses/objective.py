@@ -64,6 +64,8 @@ class Objective:
     The first player that is averaged is the network that users get.
     """
 
+    # Whether a step depends on the length of the run, which must then be known before the first.
+    goes_by_length: ClassVar[bool] = False
     # What stands beside the progress bar, with its format.
     shown: ClassVar[dict[str, str]] = {"loss": ".4f"}
 

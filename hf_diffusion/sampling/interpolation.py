@@ -61,11 +61,11 @@ def interpolate(
 
 
 def unit_noise(pipeline: DiffusionPipeline, seed: int) -> Tensor:
-    """The noise (1, *sample_shape) from which a pipeline starts for a seed.
+    """The noise (1, *noise_shape) from which a pipeline starts for a seed.
 
     UsageError where its call takes no noise.
     """
-    shape = getattr(pipeline, "sample_shape", None)
+    shape = getattr(pipeline, "noise_shape", getattr(pipeline, "sample_shape", None))
     if shape is None or "latents" not in inspect.signature(pipeline.__call__).parameters:
         name = type(pipeline).__name__
         raise UsageError(f"{name} cannot start from given noise; load it as ClassifierFreeGuidancePipeline")

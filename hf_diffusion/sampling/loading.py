@@ -1,23 +1,31 @@
 """A pipeline as the user wants it: its scheduler, precision, device, guiding classifier."""
 
 import inspect
+import typing
 
 import torch
 from diffusers import (
     DEISMultistepScheduler,
     DiffusionPipeline,
     DPMSolverMultistepScheduler,
+    EDMDPMSolverMultistepScheduler,
+    EDMEulerScheduler,
     EulerDiscreteScheduler,
     SchedulerMixin,
-    UniPCMultistepScheduler,
 )
+from transformers import AutoTokenizer
 
 from hf_diffusion.config.options import UsageError
 from hf_diffusion.hub.loading import load_pipeline
+from hf_diffusion.models.clip_noisy import NoisyCLIP
 from hf_diffusion.models.unet_adm import ADMClassifier
 from hf_diffusion.pipelines.pipeline_classifier_guidance import ClassifierGuidancePipeline
-from hf_diffusion.sampling.options import SamplingOptions
+from hf_diffusion.sampling.drawing import sampling_options
+from hf_diffusion.sampling.options import CALL_OPTIONS, SamplingOptions
+from hf_diffusion.sampling.speed import speed_up
+from hf_diffusion.schedulers.scheduling_edm import EDMHeunScheduler
 from hf_diffusion.schedulers.scheduling_gaussian import DDIMEtaScheduler, ImprovedPNDMScheduler, LinearDDPMScheduler
+from hf_diffusion.schedulers.scheduling_unipc import UniPCTimestepsScheduler
 
 
 # Each takes over the process from the configuration of a compatible one.
@@ -25,10 +33,13 @@ SCHEDULERS = {
     "ddim": DDIMEtaScheduler,
     "ddpm": LinearDDPMScheduler,
     "dpm++": DPMSolverMultistepScheduler,
-    "unipc": UniPCMultistepScheduler,
+    "unipc": UniPCTimestepsScheduler,
     "deis": DEISMultistepScheduler,
     "ipndm": ImprovedPNDMScheduler,
     "euler": EulerDiscreteScheduler,
+    "edm-heun": EDMHeunScheduler,
+    "edm-euler": EDMEulerScheduler,
+    "edm-dpm++": EDMDPMSolverMultistepScheduler,
 }
 DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -42,19 +53,38 @@ def load_for_sampling(options: SamplingOptions) -> DiffusionPipeline:
         verify=options.verify,
         **options.where(),
     )
-    pipeline.scheduler = replace_scheduler(pipeline.scheduler, options.scheduler, options.timestep_spacing)
+    asked = (options.scheduler, options.timestep_spacing)
+    # A pipeline need not have one.
+    if asked != (None, None):
+        pipeline.scheduler = replace_scheduler(getattr(pipeline, "scheduler", None), *asked, ways_of_its_own(pipeline))
     if options.guide_by is not None:
         pipeline = guided_by(pipeline, options.guide_by)
-    return pipeline.to(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    pipeline = pipeline.to(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if options.fast:
+        print(f"fast: {speed_up(pipeline)}")
+    return pipeline
+
+
+def ways_of_its_own(pipeline: DiffusionPipeline) -> str:
+    """What to do instead of giving another scheduler: the options that a pipeline samples by."""
+    hints, own = typing.get_type_hints(type(pipeline).__call__), []
+    for name in sampling_options(pipeline):
+        flag = f"--{name}" if name in CALL_OPTIONS else f"--set {name}="
+        words = [word for word in typing.get_args(hints.get(name)) if typing.get_origin(word) is typing.Literal]
+        own.append(flag + " or ".join(str(choice) for word in words for choice in typing.get_args(word)))
+    return f"leave it out, {type(pipeline).__name__} samples by {', '.join(own) or 'nothing else'}"
 
 
 def replace_scheduler(
-    scheduler: SchedulerMixin, name: str | None = None, timestep_spacing: str | None = None
+    scheduler: SchedulerMixin,
+    name: str | None = None,
+    timestep_spacing: str | None = None,
+    instead: str = "leave it out",
 ) -> SchedulerMixin:
     """A scheduler of the same process, of a class of SCHEDULERS and with this spacing.
 
     None keeps what is there. UsageError where the class cannot take over the process, or knows no
-    spacing.
+    spacing; where none can, `instead` says what to do.
     """
     if name is None and timestep_spacing is None:
         return scheduler
@@ -65,12 +95,15 @@ def replace_scheduler(
         fitting = [word for word, other in SCHEDULERS.items() if can_take_over(other, type(scheduler))]
         raise UsageError(
             f"--scheduler {name}: the process of this pipeline's {type(scheduler).__name__} is not one that "
-            f"{cls.__name__} can sample; {'choose from ' + ', '.join(fitting) if fitting else 'leave it out'}"
+            f"{cls.__name__} can sample; {'choose from ' + ', '.join(fitting) if fitting else instead}"
         )
     if timestep_spacing is not None and "timestep_spacing" not in inspect.signature(cls.__init__).parameters:
         raise UsageError(f"--timestep_spacing {timestep_spacing}: {cls.__name__} has no spacing; leave it out")
     changes = {} if timestep_spacing is None else {"timestep_spacing": timestep_spacing}
-    return cls.from_config(scheduler.config, **changes)
+    # Of ours alone, such as eta; diffusers would warn of them.
+    accepted = inspect.signature(cls.__init__).parameters
+    config = {key: value for key, value in scheduler.config.items() if key.startswith("_") or key in accepted}
+    return cls.from_config(config, **changes)
 
 
 def can_take_over(cls: type[SchedulerMixin], former: type[SchedulerMixin]) -> bool:
@@ -88,8 +121,15 @@ def can_take_over(cls: type[SchedulerMixin], former: type[SchedulerMixin]) -> bo
     return names and bool(former._compatibles)
 
 
-def guided_by(pipeline: DiffusionPipeline, classifier: str) -> ClassifierGuidancePipeline:
-    """A class-conditional pipeline, guided by a saved classifier of noisy images instead."""
+def guided_by(pipeline: DiffusionPipeline, classifier: str) -> DiffusionPipeline:
+    """A class-conditional pipeline, guided by a saved classifier of noisy images instead.
+
+    A text-to-image pipeline may be guided by a saved CLIP of them, too.
+    """
+    if "clip" in pipeline.components:
+        clip = NoisyCLIP.from_pretrained(classifier, dtype=pipeline.unet.dtype)
+        pipeline.register_modules(clip=clip, clip_tokenizer=AutoTokenizer.from_pretrained(classifier))
+        return pipeline
     unet, scheduler = getattr(pipeline, "unet", None), pipeline.scheduler
     if unet is None:
         name = type(pipeline).__name__

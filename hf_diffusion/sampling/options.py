@@ -7,9 +7,11 @@ from hf_diffusion.config.options import option
 
 
 # The names of `loading.SCHEDULERS`, which needs torch.
-SchedulerName = Literal["ddim", "ddpm", "dpm++", "unipc", "deis", "ipndm", "euler"]
+SchedulerName = Literal[
+    "ddim", "ddpm", "dpm++", "unipc", "deis", "ipndm", "euler", "edm-heun", "edm-euler", "edm-dpm++"
+]
 # Options that are arguments of a pipeline's call, under the same names.
-CALL_OPTIONS = ("num_inference_steps", "eta", "guidance_scale", "guidance_rescale")
+CALL_OPTIONS = ("num_inference_steps", "eta", "guidance_scale", "guidance_rescale", "timesteps")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +45,9 @@ class SamplingOptions(PipelineOptions):
     guidance_rescale: float | None = option(
         None, "how far guided outputs are brought back to their standard deviation, 0 to 1; none is the pipeline's own"
     )
+    timesteps: tuple[int, ...] | None = option(
+        None, "the steps themselves, falling, such as 999,750,480,200; `tune-steps` searches for them"
+    )
     # What the next family's pipeline takes is not known here; its signature tells the type.
     set_: tuple[str, ...] = option(
         (), "NAME=VALUE: any other option that the pipeline says it samples by", repeatable=True
@@ -50,7 +55,7 @@ class SamplingOptions(PipelineOptions):
     guide_by: str | None = option(
         None,
         "folder or repository of a classifier of noisy images, whose gradient guides instead; guidance_scale is "
-        "its scale",
+        "its scale. Of a CLIP of them for a text-to-image model, beside --set clip_guidance_scale=2",
     )
     scheduler: SchedulerName | None = option(
         None,
@@ -63,6 +68,9 @@ class SamplingOptions(PipelineOptions):
     # bf16 halves the memory; whether it is faster depends on the device, and its images differ
     # visibly.
     dtype: Literal["float32", "bf16", "fp16"] = option("float32", "precision of the network's arithmetic")
+    fast: bool = option(
+        False, "bfloat16 where the device multiplies it; on a GPU channels_last and compiled, too; says what it did"
+    )
     device: str | None = option(None, "cpu, cuda, cuda:1, ...; none is cuda where there is one")
     batch_size: int = option(256, "samples that are in memory at a time", at_least=1)
 

@@ -3,6 +3,8 @@
 Letters: N samples, H x W pixels of C channels.
 """
 
+import csv
+import io
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,8 +24,10 @@ DRAWN = re.compile(r"\d{5,}\.png|metadata\.csv")
 FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
 
 
-def picture_of(samples: np.ndarray, labels: Sequence[int] | None, id2label: dict[int, str] | None) -> Image.Image:
-    """Images uint8 (N, H, W, C) as a grid, in rows by class; points (N, 2) as a scatter plot."""
+def picture_of(
+    samples: np.ndarray, labels: Sequence[int] | Sequence[str] | None, id2label: dict[int, str] | None
+) -> Image.Image:
+    """Images uint8 (N, H, W, C) as a grid, in rows by class or text; points (N, 2) scattered."""
     if samples.ndim == 4:
         return labelled_grid(samples) if labels is None else class_grid(samples, labels, id2label)
     if labels is None:
@@ -31,8 +35,8 @@ def picture_of(samples: np.ndarray, labels: Sequence[int] | None, id2label: dict
     return scatter_plot(samples, labels, class_names(range(max(labels) + 1), id2label))
 
 
-def class_names(classes: Sequence[int], id2label: dict[int, str] | None) -> list[str]:
-    """The names of classes, their numbers where they have none."""
+def class_names(classes: Sequence[int] | Sequence[str], id2label: dict[int, str] | None) -> list[str]:
+    """The names of classes, their numbers where they have none; texts as they are."""
     return [(id2label or {}).get(label, str(label)) for label in classes]
 
 
@@ -51,8 +55,15 @@ def write_picture(picture: Image.Image, path: Path) -> None:
     write_whole(path, lambda file: picture.save(file, format=form, quality=95))
 
 
-def write_images(images: np.ndarray, labels: Sequence[int] | None, folder: Path) -> None:
+def write_images(
+    images: np.ndarray,
+    labels: Sequence[int] | Sequence[str] | None,
+    folder: Path,
+    id2label: dict[int, str] | None = None,
+) -> None:
     """Write 00000.png, 00001.png, ... and, where there are labels, metadata.csv beside them.
+
+    It says the number of each image's class and, where there are any, its name.
 
     A folder that holds nothing but such files is emptied first: they are of an earlier call.
     """
@@ -63,21 +74,51 @@ def write_images(images: np.ndarray, labels: Sequence[int] | None, folder: Path)
     for i, image in enumerate(images):
         write_picture(Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image), folder / f"{i:05d}.png")
     if labels is not None:
-        rows = "".join(f"{i:05d}.png,{label}\n" for i, label in enumerate(labels))
-        write_whole(folder / "metadata.csv", "file_name,label\n" + rows)
+        of_texts = isinstance(labels[0], str)
+        columns = ["file_name", "text"] if of_texts else ["file_name", "label", *(["class_name"] if id2label else [])]
+        rows = zip((f"{i:05d}.png" for i in range(len(labels))), labels, class_names(labels, id2label))
+        csv.writer(text := io.StringIO(), lineterminator="\n").writerows([columns, *(r[: len(columns)] for r in rows)])
+        write_whole(folder / "metadata.csv", text.getvalue())
 
 
-def write_arrays(samples: np.ndarray, labels: Sequence[int] | None, path: Path) -> str:
-    """Write an .npz file with the samples and their labels; returns in words what it holds.
+def numbered_texts(
+    texts: Sequence[str], labels: Sequence[int] | None = None, id2label: dict[int, str] | None = None
+) -> str:
+    """Texts below each other, each below its number and its class."""
+    names = [""] * len(texts) if labels is None else [f", {name}" for name in class_names(labels, id2label)]
+    return "\n".join(f"--- {i + 1}{name} ---\n{text}\n" for i, (text, name) in enumerate(zip(texts, names)))
 
-    Images are `images`, uint8 (N, H, W, C), (N, H, W) where C is 1; other samples are `samples`,
-    float32 (N, ...).
+
+def check_text_name(path: Path) -> None:
+    """UsageError for a file that is named as a picture."""
+    if path.suffix.lower() in FORMATS:
+        raise UsageError(
+            f"{path} is named as a picture, and the samples are texts; use a name such as {path.stem}.txt"
+        )
+
+
+def write_arrays(
+    samples: np.ndarray,
+    labels: Sequence[int] | Sequence[str] | None,
+    path: Path,
+    id2label: dict[int, str] | None = None,
+) -> str:
+    """Write an .npz file with the samples and their labels or `prompts`; returns in words what it
+    holds.
+
+    Images are `images`, uint8 (N, H, W, C), (N, H, W) where C is 1; tokens are `samples`, int64
+    (N, L), and so are others, float32 (N, ...). Beside `labels` stand `class_names`, in the order
+    of the numbers, where there are any.
     """
     if samples.ndim == 4:
         arrays = {"images": samples[..., 0] if samples.shape[-1] == 1 else samples}
     else:
         arrays = {"samples": samples}
-    if labels is not None:
+    if labels is not None and isinstance(labels[0], str):
+        arrays["prompts"] = np.array(labels)
+    elif labels is not None:
         arrays["labels"] = np.array(labels, dtype=np.int64)
+        if id2label:
+            arrays["class_names"] = np.array(class_names(range(max(id2label) + 1), id2label))
     write_whole(path, lambda file: np.savez_compressed(file, **arrays))
     return ", ".join(f"{name} {array.dtype} {array.shape}" for name, array in arrays.items())

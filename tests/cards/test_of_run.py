@@ -130,7 +130,8 @@ def test_a_pushed_run_names_its_repository_and_tag(drawn, digits, guided):
 
 def test_the_rows_of_the_picture_of_guidance_are_what_the_pipeline_draws_with_these_scales(drawn, guided):
     rows = [draw(guided, range(3, 13), range(10), num_inference_steps=2, guidance_scale=w) for w in GUIDANCE_SCALES]
-    expected = labelled_grid(np.concatenate(rows), 10, ["w = 1", "w = 1.5", "w = 2", "w = 4"])
+    labels = {"row_labels": ["w = 1", "w = 1.5", "w = 2", "w = 4"], "column_labels": [str(n) for n in range(10)]}
+    expected = labelled_grid(np.concatenate(rows), 10, **labels)
     with Image.open(drawn[0] / "samples" / "guidance.png") as picture:
         np.testing.assert_array_equal(np.asarray(picture), np.asarray(expected))
     assert "the classes 0, 1, 2, 3, 4, 5, 6, 7, 8, 9 from left to right" in drawn[1].captions["samples/guidance.png"]

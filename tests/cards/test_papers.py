@@ -65,7 +65,7 @@ def test_every_entry_of_the_bibliography_is_whole_and_found_by_its_key():
         assert year in key and f"{{{key}," in entry
         assert all(re.search(rf"\b{field}=\{{.+?\}}", entry) for field in ("title", "author", "eprint")), key
         # Of arXiv: year and month, then five digits, four before 2015.
-        assert re.search(r"eprint=\{(0|1[0-4])\d{3}\.\d{4}\}|eprint=\{(1[5-9]|2\d)\d{2}\.\d{5}\}", entry), key
+        assert re.search(r"eprint=\{(0\d|1[0-4])\d{2}\.\d{4}\}|eprint=\{(1[5-9]|2\d)\d{2}\.\d{5}\}", entry), key
 
 
 def test_a_paper_of_ones_own_is_its_entry_and_an_unknown_key_names_the_file():

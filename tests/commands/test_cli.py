@@ -49,6 +49,9 @@ def test_help_lists_the_commands_and_each_has_a_help_of_its_own_with_defaults(cl
     for name, command in COMMANDS.items():
         assert f"    {name}" in said and command.__doc__.splitlines()[0].strip() in " ".join(said.split())
         status, own, _ = claims[name]
+        if "parsed" in vars(command):
+            assert status == 0 and own.startswith(f"usage: hf-diffusion {name} FAMILY"), own
+            continue
         assert status == 0 and own.startswith(f"usage: hf-diffusion {name} ") and "(default: " in own
         assert "--config FILE" in own and "--traceback" in own
 
@@ -82,3 +85,9 @@ def test_an_interrupted_command_ends_with_status_130(monkeypatch, capsys):
     monkeypatch.setattr(COMMANDS["info"], "run", interrupted)
     assert main(["info", "folder"]) == 130
     assert capsys.readouterr().err == "hf-diffusion: interrupted\n"
+
+
+def test_a_notebook_s_own_backend_of_figures_need_not_be_installed(tmp_path):
+    child = "from hf_diffusion.cli import main\nmain(['skill', 'here'])\nimport matplotlib\n"
+    child += "claims['backend'] = matplotlib.get_backend()"
+    assert run_claims(child, tmp_path, {"MPLBACKEND": "module://of_a_notebook"})["backend"] == "agg"

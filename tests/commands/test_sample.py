@@ -35,10 +35,10 @@ def test_samples_are_written_as_grid_files_and_array(folders, tmp_path, capsys):
     arrays = np.load(npz)
     assert arrays["images"].shape == (6, 8, 8) and arrays["images"].dtype == np.uint8
     # "2" and "1" are names here, and go before numbers.
-    assert arrays["labels"].tolist() == [0, 0, 0, 2, 2, 2]
+    assert arrays["labels"].tolist() == [0, 0, 0, 2, 2, 2] and arrays["class_names"].tolist() == ["2", "0", "1"]
     assert sorted(f.name for f in files.iterdir()) == [f"{i:05d}.png" for i in range(6)] + ["metadata.csv"]
     np.testing.assert_array_equal(np.asarray(Image.open(files / "00004.png")), arrays["images"][4])
-    assert (files / "metadata.csv").read_text().splitlines()[:2] == ["file_name,label", "00000.png,0"]
+    assert (files / "metadata.csv").read_text().splitlines()[:2] == ["file_name,label,class_name", "00000.png,0,2"]
     # 3 columns, 2 rows.
     assert Image.open(grid).size[0] > Image.open(grid).size[1]
     printed = capsys.readouterr().out

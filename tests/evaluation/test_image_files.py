@@ -5,6 +5,7 @@ import pytest
 from PIL import Image
 
 from hf_diffusion.evaluation.image_files import is_image_source, load_image_files
+from hf_diffusion.sampling.writing import write_arrays, write_images
 
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (6, 8, 8, 3), dtype=np.uint8)
@@ -43,6 +44,36 @@ def test_labels_come_from_sub_folders_a_table_or_an_array_by_number_or_name(tmp_
         file = load_image_files(tmp_path / name)
         found[name] = file.label_numbers(["dog", "cat"], 2).tolist()
     assert found == {"classes": [1, 1, 0], "table": [1, 1, 0], "numbers": [1, 0], "names.npz": [0, 1]}
+
+
+def test_what_sample_writes_is_matched_by_the_names_of_its_classes(tmp_path):
+    # of a pipeline whose classes have another order
+    names = {0: "cat", 1: "dog, or wolf"}
+    write_images(PIXELS[:2], [0, 1], tmp_path / "folder", names)
+    write_arrays(PIXELS[:2], [0, 1], tmp_path / "a.npz", names)
+    for source in ("folder", "a.npz"):
+        assert load_image_files(tmp_path / source).label_numbers(["dog, or wolf", "cat"], 2).tolist() == [1, 0]
+        with pytest.raises(ValueError, match="the label 'cat' is no class of the real data, which has ant, dog"):
+            load_image_files(tmp_path / source).label_numbers(["ant", "dog, or wolf"], 2)
+    np.savez(tmp_path / "b.npz", images=PIXELS[:2], labels=[0, 2], class_names=["x", "y"])
+    with pytest.raises(ValueError, match="b.npz has labels 0 to 2 and 2 class_names"):
+        load_image_files(tmp_path / "b.npz")
+
+
+def test_arrays_of_guided_diffusion_and_objects_that_could_run_code(tmp_path):
+    np.savez(tmp_path / "a.npz", PIXELS, np.arange(6))
+    file = load_image_files(tmp_path / "a.npz")
+    np.testing.assert_array_equal(file.all_images, PIXELS)
+    assert file.labels.tolist() == [0, 1, 2, 3, 4, 5]
+    np.savez(tmp_path / "b.npz", images=np.array([{"run": print}], dtype=object))
+    with pytest.raises(ValueError, match=r"b.npz is damaged, no .npz file, or holds Python objects, which could run"):
+        load_image_files(tmp_path / "b.npz")
+
+
+def test_hidden_files_beside_the_images_are_left_alone(tmp_path):
+    write(tmp_path / "set", PIXELS[:2])
+    (tmp_path / "set/._00000.png").write_bytes(b"Mac OS X")
+    assert len(load_image_files(tmp_path / "set")) == 2
 
 
 def test_labels_that_are_no_class_of_the_data_are_refused(tmp_path):

@@ -11,9 +11,12 @@ import hf_diffusion.evaluation.in_training as in_training
 from hf_diffusion.data.images import load_images
 from hf_diffusion.evaluation.in_training import EvaluationStopped, SampleEvaluator, shares
 from hf_diffusion.evaluation.measures import Evaluation, Measure
+from hf_diffusion.evaluation.protocol import sampling_protocol
 from hf_diffusion.loop.best import BestModel
+from hf_diffusion.schedulers.scheduling_consistency import ConsistencyScheduler
 from tests.evaluation.conftest import tiny_pipeline
 from tests.evaluation.made_up import Puller, PullScheduler, VectorData, VectorPipeline
+from tests.pipelines.tiny import make_consistency
 
 
 def never() -> bool:
@@ -198,3 +201,12 @@ def test_a_kill_between_the_two_renames_loses_nothing(tmp_path):
     (tmp_path / "best").rename(tmp_path / ".best.former")  # where a kill may leave it
     best = BestModel(tmp_path, "fd")
     assert best.record()["step"] == 1 and not offer(best, 2, 3.0)
+
+
+def test_a_long_table_of_the_scheduler_stands_in_no_line_of_the_metrics():
+    levels = {"prediction_type": "epsilon", "trained_sigmas": tuple(0.01 * i + 0.002 for i in range(1000))}
+    pipe = make_consistency(ConsistencyScheduler(**levels))
+    recorded = sampling_protocol(pipe, 4, {})["sampler_config"]
+    assert recorded["trained_sigmas"].startswith("1,000 values, sha256 ") and recorded["prediction_type"] == "epsilon"
+    pipe.scheduler = ConsistencyScheduler(**levels | {"trained_sigmas": levels["trained_sigmas"][:-1] + (99.0,)})
+    assert sampling_protocol(pipe, 4, {})["sampler_config"]["trained_sigmas"] != recorded["trained_sigmas"]

@@ -6,6 +6,7 @@ A kind of case that no replay knows fails.
 import pytest
 
 from tests.golden import (
+    replays_autoencoder,
     replays_consistency,
     replays_d3pm,
     replays_ddgan,
@@ -28,6 +29,7 @@ from tests.golden.replay import replay
 # A new family adds its replays here; the systems that no row names are read (test_cases), not
 # replayed.
 REPLAYS = {
+    "autoencoder": replays_autoencoder.REPLAYS,
     "consistency": replays_consistency.REPLAYS,
     "ect": replays_ect.REPLAYS,
     "d3pm": replays_d3pm.REPLAYS,

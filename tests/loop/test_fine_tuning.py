@@ -1,17 +1,22 @@
 """Starting from a trained network: from any of its forms, with classes matched by name, and what
 does not fit named."""
 
+import shutil
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from hf_diffusion import ClassifierFreeGuidancePipeline, EDMHeunScheduler, EDMPipeline
 from hf_diffusion.config.command_line import parse_config
 from hf_diffusion.data.loading import load_data
+from hf_diffusion.loop import fine_tuning
 from hf_diffusion.loop.fine_tuning import started_from
 from hf_diffusion.loop.init_from import trained_generator
-from hf_diffusion.training import train_classifier, train_ddgan, train_ddpm
+from hf_diffusion.loop.trained_denoiser import trained_denoiser
+from hf_diffusion.training import train_classifier, train_consistency, train_ddgan, train_ddpm
 from tests.loop.test_start import png_folder
 
 
@@ -121,6 +126,51 @@ def test_a_generator_made_of_a_denoiser_knows_its_classes_by_name(root):
     generator = trained_generator(config, data, train_ddgan.build_scheduler(config))
     trained = load_file(root / "ddpm" / "unet" / "diffusion_pytorch_model.safetensors")["class_embedding.weight"]
     assert torch.equal(generator.state_dict()["class_embedding.weight"][1:3], trained[:2])
+
+
+def test_of_an_unfinished_run_the_newest_checkpoint_is_taken(root, tmp_path, capsys):
+    shutil.copytree(root / "ddpm" / "checkpoint-00000002", tmp_path / "run" / "checkpoint-00000002")
+    ours, _ = begun(root, tmp_path / "run")
+    exported, _ = begun(root, root / "ddpm")
+    assert all(torch.equal(a, b) for a, b in zip(ours.state_dict().values(), exported.state_dict().values()))
+    assert "is an unfinished run: starting from its checkpoint-00000002" in capsys.readouterr().out
+
+
+def test_a_denoiser_that_is_tuned_keeps_its_classes_by_name_and_refuses_others(root):
+    def tuned(source, data):
+        words = ["--train_data_dir", str(root / data), "--class_conditional", "--max_train_steps", "1"]
+        words += ["--objective", "tuning", "--init_from", str(source)]
+        config = parse_config(train_consistency.ConsistencyConfig, words)
+        data = load_data(**config.data_arguments())
+        data.use_classes(sorted(data.class_names, reverse=True))
+        return trained_denoiser(config, data)[0].state_dict()["class_embedding.weight"]
+
+    trained = load_file(root / "ddpm" / "unet" / "diffusion_pytorch_model.safetensors")["class_embedding.weight"]
+    # cow, bee, none from bee, cow, none
+    assert torch.equal(tuned(root / "ddpm", "two"), trained[[1, 0, 2]])
+    png_folder(root / "others", ("bee", "fly"))
+    with pytest.raises(ValueError, match="data set others has the classes 'fly', which are not among 'bee', 'cow'"):
+        tuned(root / "ddpm", "others")
+    with pytest.raises(ValueError, match="holds a checkpoint, which does not tell the noise levels of its network"):
+        tuned(root / "ddpm" / "checkpoint-00000002", "two")
+
+
+def test_a_denoiser_of_another_process_makes_no_generator(root, tmp_path):
+    unet = ClassifierFreeGuidancePipeline.from_pretrained(root / "ddpm").unet
+    EDMPipeline(unet, EDMHeunScheduler()).save_pretrained(tmp_path / "edm")
+    words = ["--train_data_dir", str(root / "two"), "--class_conditional", "--max_train_steps", "1"]
+    config = parse_config(train_ddgan.DDGANConfig, [*words, "--init_from", str(tmp_path / "edm")])
+    with pytest.raises(
+        ValueError, match="is a EDMPipeline; a DDGANPipeline, or a pipeline with an ADMUNet2DModel that"
+    ):
+        trained_generator(config, load_data(**config.data_arguments()), train_ddgan.build_scheduler(config))
+
+
+def test_a_name_that_is_nowhere_is_said_to_be_no_folder(root, tmp_path, monkeypatch):
+    monkeypatch.setattr(fine_tuning, "file_exists", Mock(side_effect=OSError("offline")))
+    monkeypatch.setattr(fine_tuning, "load_pipeline", Mock(side_effect=OSError("there is no folder")))
+    with pytest.raises(OSError, match="there is no folder"):
+        begun(root, Path("owner/none"))
 
 
 def test_a_whole_run_starts_from_a_trained_one_and_goes_on_from_its_own_checkpoint(root, tmp_path):

@@ -59,11 +59,12 @@ def image(pipe) -> np.ndarray:
 PREAMBLE = """
 import os
 import numpy as np, torch
-from diffusers import DiffusionPipeline
+from diffusers import AutoModel, DiffusionPipeline
 work, seen = Path(os.environ["WORK"]), claims
 def note(name, pipe):
     np.save(work / f"{name}.npy", image(pipe))
-    seen[name] = {part: type(part_object).__module__ for part, part_object in pipe.components.items()}
+    parts = {part: found for part, found in pipe.components.items() if found is not None}
+    seen[name] = {part: type(found).__module__ for part, found in parts.items()}
     seen[name]["class"] = type(pipe).__module__
 def note_error(name, load):
     try:
@@ -114,6 +115,10 @@ note_error("untrusted hub", lambda: load("alice/uploaded"))
 a = load("alice/uploaded", trust_remote_code=True)
 note("trusted hub", a)
 note("trusted folder", load(work / "a", trust_remote_code=True))
+for where in (str(work / "a"), "alice/uploaded"):
+    network = AutoModel.from_pretrained(where, subfolder="unet", trust_remote_code=True)
+    same = all(torch.equal(value, network.state_dict()[key]) for key, value in a.unet.state_dict().items())
+    seen[f"network of {'the hub' if where == 'alice/uploaded' else 'a folder'}"] = [type(network).__name__, same]
 b = load(work / "b, other code", trust_remote_code=True)
 note("second repository", b)
 note("first repository after the second", a)

@@ -49,6 +49,11 @@ def test_a_loaded_pipeline_draws_the_same_images_bit_for_bit(outcome, name):
     np.testing.assert_array_equal(outcome.images(name), outcome.references["a"])
 
 
+def test_automodel_finds_the_network_of_a_pipeline_with_its_code(outcome):
+    for where in ("a folder", "the hub"):
+        assert outcome.seen[f"network of {where}"] == ["ADMUNet2DModel", True]
+
+
 def test_what_the_own_class_pushes_is_what_it_saves(outcome):
     assert outcome.seen["pushed"] is True
 

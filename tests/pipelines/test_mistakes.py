@@ -14,7 +14,18 @@ from hf_diffusion import (
     DDGANPipeline,
     DDIMEtaScheduler,
 )
-from tests.pipelines.tiny import TINY, public_pipelines, seeds
+from tests.pipelines.tiny import (
+    TINY,
+    make_classifier_free,
+    make_consistency,
+    make_discrete,
+    make_edm,
+    make_flow,
+    make_score,
+    public_pipelines,
+    quiet,
+    seeds,
+)
 
 
 NAN, ZERO_SNR = float("nan"), {"rescale_betas_zero_snr": True, "prediction_type": "v_prediction"}
@@ -182,3 +193,24 @@ def test_a_guider_without_its_networks_says_so():
         pipe([0], guider=ClassifierGuidance())
     with pytest.raises(ValueError, match="guidance_scale must be .* not -1"):
         ClassifierGuidance(guidance_scale=-1)
+
+
+GUIDED = [make_classifier_free, make_edm, make_flow, make_consistency, make_discrete, make_score]
+
+
+@pytest.mark.parametrize("make", GUIDED, ids=lambda make: make.__name__)
+def test_every_family_refuses_a_scale_that_is_no_number_and_a_tensor_of_another_shape(make):
+    pipe = quiet(make())
+    for scale in (float("nan"), float("inf"), "big", None):
+        with pytest.raises(ValueError, match="guidance_scale must be a finite number, not "):
+            pipe(class_labels=[0], num_inference_steps=3, guidance_scale=scale)
+    if make is not make_score:
+        with pytest.raises(ValueError, match="num_inference_steps must be a whole number of at least 1, not True"):
+            pipe(class_labels=[0], num_inference_steps=True)
+    for latents, given in ((torch.zeros(1, 2), r"\(1, 2\)"), (None, "NoneType")):
+        with pytest.raises(ValueError, match=f"returned latents as {given}; its shape must stay \\(2, 1, 8, 8\\)"):
+            pipe(
+                class_labels=[0, 1],
+                num_inference_steps=3,
+                callback_on_step_end=lambda *_, latents=latents: {"latents": latents},
+            )

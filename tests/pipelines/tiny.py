@@ -5,12 +5,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline, ModelMixin
+from diffusers import DiffusionPipeline, ModelMixin, UNet2DConditionModel
 from torch import Tensor
+from transformers import CLIPTextConfig, CLIPTextModel
 
 import hf_diffusion
 from hf_diffusion import (
     ADMClassifier,
+    ADMMeanFlowUNet2DModel,
     ADMUNet2DModel,
     ClassifierFreeGuidancePipeline,
     ClassifierGuidancePipeline,
@@ -26,9 +28,12 @@ from hf_diffusion import (
     FlowMatchingPipeline,
     FlowMatchingScheduler,
     LinearDDPMScheduler,
+    MeanFlowPipeline,
     ScoreSdePipeline,
     ScoreSdeVPScheduler,
+    TextToImagePipeline,
 )
+from hf_diffusion.data.caption_coders import train_tokenizer
 from hf_diffusion.models.mlp_points import PointDenoiser, PointGenerator
 
 
@@ -49,9 +54,10 @@ TINY: dict[type[DiffusionPipeline], Tiny] = {}
 
 
 def public_pipelines() -> list[type[DiffusionPipeline]]:
-    """Every pipeline class of the package's public list."""
+    """Every pipeline class of the package's public list, but for those of texts."""
     public = [getattr(hf_diffusion, name) for name in hf_diffusion.__all__]
-    return [cls for cls in public if issubclass(cls, DiffusionPipeline)]
+    pipelines = [cls for cls in public if issubclass(cls, DiffusionPipeline)]
+    return [cls for cls in pipelines if getattr(cls, "output_name", "images") == "images"]
 
 
 def tiny(cls: type[DiffusionPipeline], **options: Any) -> Callable:
@@ -72,11 +78,13 @@ def with_random_weights(network: ModelMixin, std: float) -> ModelMixin:
     return network.eval()
 
 
-def make_unet(classes: int | None = 4, null_class: bool = True, learned_variance: bool = False, **options):
+def make_unet(
+    classes: int | None = 4, null_class: bool = True, learned_variance: bool = False, cls=ADMUNet2DModel, **options
+):
     torch.manual_seed(0)
     knowledge = {"num_class_embeds": classes, "null_class": null_class and classes is not None}
     channels = {"out_channels": 2 if learned_variance else 1}
-    unet = with_random_weights(ADMUNet2DModel(**IMAGE | ATTENTION | channels | knowledge | options), std=0.15)
+    unet = with_random_weights(cls(**IMAGE | ATTENTION | channels | knowledge | options), std=0.15)
     if classes is not None:
         torch.nn.init.normal_(unet.class_embedding.weight, std=2.0)
     return unet
@@ -137,6 +145,13 @@ def make_flow(scheduler=None, classes: int | None = 4, id2label=NAMES, predictio
     return quiet(FlowMatchingPipeline(unet, scheduler, names, prediction_type=prediction_type))
 
 
+@tiny(MeanFlowPipeline, guidance_scale=2.0)
+def make_mean_flow(scheduler=None, classes: int | None = 4, id2label=NAMES, **options):
+    unet = make_unet(classes, cls=ADMMeanFlowUNet2DModel, **options)
+    scheduler = FlowMatchingScheduler(10) if scheduler is None else scheduler
+    return quiet(MeanFlowPipeline(unet, scheduler, id2label=id2label if classes else None))
+
+
 @tiny(DiscreteImagePipeline, guidance_scale=2.0)
 def make_discrete(scheduler=None, classes: int | None = 4, id2label=NAMES, levels: int = 17, **options):
     channels = {"in_channels": 1, **options}["in_channels"]
@@ -152,6 +167,32 @@ def make_discrete(scheduler=None, classes: int | None = 4, id2label=NAMES, level
 def make_score(scheduler=None, classes: int | None = 4, id2label=NAMES, **options):
     scheduler = ScoreSdeVPScheduler(beta_max=4.0) if scheduler is None else scheduler
     return quiet(ScoreSdePipeline(make_unet(classes, **options), scheduler, id2label if classes else None))
+
+
+@tiny(TextToImagePipeline, guidance_scale=2.0)
+def make_text_to_image(scheduler=None, classes: int | None = 4, id2label=NAMES, **options):
+    torch.manual_seed(0)
+    tokenizer = train_tokenizer([f"a {name}" for name in NAMES.values()], 300, length=8)
+    ends = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id}
+    sizes = {"hidden_size": 12, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+    text = CLIPTextConfig(vocab_size=len(tokenizer), max_position_embeddings=8, **sizes, **ends)
+    encoder = with_random_weights(CLIPTextModel(text), std=0.5)
+    channels = {"out_channels": 2 if options.pop("learned_variance", False) else options.get("in_channels", 1)}
+    shape = {"sample_size": 8, "in_channels": 1, "block_out_channels": (8, 16), "layers_per_block": 1, **channels}
+    blocks = {
+        "down_block_types": ("ResnetDownsampleBlock2D", "SimpleCrossAttnDownBlock2D"),
+        "mid_block_type": "UNetMidBlock2DSimpleCrossAttn",
+        "up_block_types": ("SimpleCrossAttnUpBlock2D", "ResnetUpsampleBlock2D"),
+        "resnet_time_scale_shift": "scale_shift",
+        "class_embed_type": "simple_projection",
+        "projection_class_embeddings_input_dim": 12,
+    }
+    heads = {"cross_attention_dim": 12, "norm_num_groups": 4, "attention_head_dim": 8}
+    unet = with_random_weights(UNet2DConditionModel(**{**shape, **blocks, **heads, **options}), std=0.15)
+    torch.nn.init.normal_(unet.class_embedding.weight, std=1.0)
+    scheduler = LinearDDPMScheduler() if scheduler is None else scheduler
+    texts = {"text_length": 8, "id2label": id2label if classes else None, "caption_template": "a {}"}
+    return quiet(TextToImagePipeline(unet, encoder, tokenizer, scheduler, **texts))
 
 
 def make_points(classes: int | None = 4, **options) -> ClassifierFreeGuidancePipeline:

@@ -8,6 +8,8 @@ from diffusers import DiffusionPipeline
 from hf_diffusion.config.options import UsageError
 from hf_diffusion.sampling.drawing import call_options, check_call, choose_labels, draw, draw_floats, draw_in_batches
 from hf_diffusion.sampling.options import SamplingOptions
+from hf_diffusion.schedulers.scheduling_gaussian import LinearDDPMScheduler
+from tests.pipelines.tiny import make_classifier_free
 
 
 def by_hand(seeds, labels) -> np.ndarray:
@@ -104,6 +106,13 @@ def test_options_of_the_user_become_arguments_of_the_annotated_type(stripes):
             call_options(stripes, SamplingOptions(pipeline="x", set_=(text,)))
 
 
+def test_a_process_of_few_steps_is_drawn_in_all_of_them_where_nobody_asks_for_fewer():
+    pipe = make_classifier_free(LinearDDPMScheduler(num_train_timesteps=20))
+    assert call_options(pipe, SamplingOptions(pipeline="x")) == {"num_inference_steps": 20}
+    assert call_options(pipe, SamplingOptions(pipeline="x", num_inference_steps=4)) == {"num_inference_steps": 4}
+    assert call_options(make_classifier_free(LinearDDPMScheduler()), SamplingOptions(pipeline="x")) == {}
+
+
 def test_classes_are_asked_for_by_name_or_number_and_names_go_first(stripes):
     assert choose_labels(stripes, "2, cat,1") == [0, 1, 1]
     assert choose_labels(stripes, "all") == choose_labels(stripes) == [0, 1, 2]
@@ -114,3 +123,19 @@ def test_classes_are_asked_for_by_name_or_number_and_names_go_first(stripes):
     for words in ("0", "all"):
         with pytest.raises(UsageError, match=f"--class_labels {words}: this pipeline has no classes; leave it out"):
             choose_labels(Points(), words)
+
+
+def test_a_class_may_be_called_none_or_have_a_comma_in_its_name(stripes):
+    stripes.id2label = {0: "none", 1: "a,b", 2: "a"}
+    assert choose_labels(stripes, '"none", "a,b"') == [0, 1] and choose_labels(stripes, "0,a") == [0, 2]
+    assert choose_labels(stripes, "a,b") == [1]
+    with pytest.raises(UsageError, match=r"--class_labels none: a class has this name.*write '\"none\"'.*number 0"):
+        choose_labels(stripes, "none")
+    with pytest.raises(UsageError, match=r"'b' is not a class; a name with a comma is written in double quotes"):
+        choose_labels(stripes, "a,b,none")
+    stripes.id2label = {0: "a", 1: "b", 2: "a,b"}
+    assert choose_labels(stripes, "a,b") == [0, 1] and choose_labels(stripes, '"a,b"') == [2]
+    stripes.id2label = {0: "auto", 1: " x", 2: "3"}
+    assert choose_labels(stripes, "auto") == [0, 1, 2] and choose_labels(stripes, '"auto"," x",3') == [0, 1, 2]
+    with pytest.raises(UsageError, match='--class_labels "a: a quote is not closed'):
+        choose_labels(stripes, '"a')

@@ -9,10 +9,12 @@ from diffusers import DDPMScheduler, EDMEulerScheduler, FlowMatchEulerDiscreteSc
 from hf_diffusion.config.options import UsageError
 from hf_diffusion.models.ncsnpp_ddgan import DDGANGenerator
 from hf_diffusion.pipelines.pipeline_ddgan import DDGANPipeline
-from hf_diffusion.sampling.loading import DTYPES, SCHEDULERS, guided_by, replace_scheduler
+from hf_diffusion.sampling.loading import DTYPES, SCHEDULERS, guided_by, replace_scheduler, ways_of_its_own
 from hf_diffusion.sampling.options import SamplingOptions, SchedulerName
 from hf_diffusion.schedulers.scheduling_ddgan import DDGANScheduler
+from hf_diffusion.schedulers.scheduling_edm import EDMHeunScheduler
 from hf_diffusion.schedulers.scheduling_gaussian import CosineDDPMScheduler, DDIMEtaScheduler, LinearDDPMScheduler
+from tests.pipelines.tiny import make_flow
 
 
 def test_the_options_name_every_scheduler_and_precision():
@@ -20,7 +22,10 @@ def test_the_options_name_every_scheduler_and_precision():
     assert get_args(SamplingOptions.__annotations__["dtype"]) == tuple(DTYPES)
 
 
-@pytest.mark.parametrize("name", SCHEDULERS)
+GAUSSIAN = [name for name in SCHEDULERS if not name.startswith("edm")]
+
+
+@pytest.mark.parametrize("name", GAUSSIAN)
 def test_a_compatible_scheduler_takes_over_the_process(name):
     processes = [
         CosineDDPMScheduler(num_train_timesteps=20),
@@ -35,14 +40,34 @@ def test_a_compatible_scheduler_takes_over_the_process(name):
         torch.testing.assert_close(scheduler.alphas_cumprod, former.alphas_cumprod)
 
 
+@pytest.mark.parametrize("name", ["edm-heun", "edm-euler", "edm-dpm++"])
+def test_a_preconditioned_network_is_sampled_by_schedulers_of_its_own_kind(name):
+    former = EDMHeunScheduler(sigma_max=40.0, sigma_data=0.7)
+    scheduler = replace_scheduler(former, name)
+    assert type(scheduler) is SCHEDULERS[name]
+    assert (scheduler.config.sigma_max, scheduler.config.sigma_data) == (40.0, 0.7)
+    with pytest.raises(UsageError, match="choose from edm-heun, edm-euler, edm-dpm"):
+        replace_scheduler(former, "unipc")
+
+
+def test_a_family_without_other_schedulers_says_what_it_samples_by():
+    pipeline = make_flow()
+    with pytest.raises(UsageError, match="leave it out, FlowMatchingPipeline samples by --num_inference_steps, --set "
+                       "solver=euler or heun, --guidance_scale, --set guidance_interval="):  # fmt: skip
+        replace_scheduler(pipeline.scheduler, "unipc", None, ways_of_its_own(pipeline))
+
+
 @pytest.mark.parametrize("former", [DDGANScheduler, EDMEulerScheduler, FlowMatchEulerDiscreteScheduler])
 def test_a_process_of_another_kind_is_refused_in_a_true_sentence(former):
     for name, cls in SCHEDULERS.items():
+        if cls is former:
+            continue
+        instead = "choose from edm-euler" if former is EDMEulerScheduler else "leave it out"
         with pytest.raises(UsageError) as error:
             replace_scheduler(former(), name)
         assert str(error.value) == (
             f"--scheduler {name}: the process of this pipeline's {former.__name__} is not one that {cls.__name__} can "
-            "sample; leave it out"
+            f"sample; {instead}"
         )
 
 

@@ -1,5 +1,8 @@
 """Pictures in the format that their name says, and a folder that holds one call's images alone."""
 
+import json
+import os
+import subprocess
 from pathlib import Path
 
 import numpy as np
@@ -7,6 +10,8 @@ import pytest
 from PIL import Image
 
 from hf_diffusion.config.options import UsageError
+from hf_diffusion.files import remove_partials
+from hf_diffusion.hub import loading
 from hf_diffusion.hub.loading import find_index
 from hf_diffusion.sampling.writing import write_images, write_picture
 
@@ -36,8 +41,59 @@ def test_images_of_an_earlier_longer_call_are_gone_and_files_of_the_user_stay(tm
     assert (tmp_path / "00007.png").read_bytes() == b"mine" and (tmp_path / "mine.txt").is_file()
 
 
-def test_a_folder_that_is_not_there_is_said_to_be_none_without_asking_the_hub(tmp_path, monkeypatch):
+def test_what_a_kill_has_left_is_removed_and_what_is_being_written_stays(tmp_path):
+    ended = subprocess.run(["sh", "-c", "echo $$"], capture_output=True, text=True).stdout.strip()
+    names = (f".a.png.{ended}.partial", f".b.png.{ended}.partial", f".c.png.{os.getpid()}.partial", ".mine.partial")
+    old, young, own, users = (tmp_path / name for name in names)
+    for path in (old, young, own, users):
+        path.touch()
+    for path in (old, own, users):
+        os.utime(path, (0, 0))
+    remove_partials(tmp_path, tmp_path / "nowhere")
+    assert set(tmp_path.iterdir()) == {young, own, users}
+
+
+def test_a_folder_that_is_not_there_is_taken_from_the_hub_or_said_to_be_none(tmp_path, monkeypatch, caplog):
     monkeypatch.chdir(tmp_path)
     Path("runs").mkdir()
-    with pytest.raises(ValueError, match="there is no folder 'runs/x', though 'runs' is one here"):
+    index = tmp_path / "index.json"
+
+    class Hub:
+        """One repository, asked briefly."""
+
+        def __init__(self, token):
+            assert token is None
+
+        def repo_info(self, repo_id, timeout):
+            assert timeout <= 5
+            if repo_id != "runs/there":
+                raise OSError("no such repository")
+
+    monkeypatch.setattr(loading, "HfApi", Hub)
+    monkeypatch.setattr(loading, "hf_hub_download", lambda repo_id, name, **where: str(index))
+    with pytest.raises(ValueError, match="there is no folder 'runs/x', though 'runs' is one here, and no repository"):
         find_index("runs/x")
+    assert find_index("runs/there") == index
+    assert "runs/there is taken from the Hub: 'runs' is a folder here, but does not hold it" in caplog.text
+
+
+def test_the_folder_of_an_unfinished_run_says_how_far_it_has_come(tmp_path, caplog):
+    for step in (5, 10):
+        (tmp_path / f"checkpoint-{step:08}").mkdir()
+        manifest = {"step": step, "total_steps": 20}
+        (tmp_path / f"checkpoint-{step:08}" / "manifest.json").write_text(json.dumps(manifest))
+    way_on = "by its command with --resume_from_checkpoint latest, to which --max_train_steps 10 adds that it ends"
+    with pytest.raises(
+        ValueError, match=f"holds no pipeline: its run has come to step 10 of 20; go on {way_on} there"
+    ):
+        find_index(tmp_path)
+    (tmp_path / "model_index.json").write_text("{}")
+    # ended at the newest checkpoint
+    assert find_index(tmp_path) == tmp_path / "model_index.json" and not caplog.text
+    os.utime(tmp_path / "model_index.json", (0, 0))
+    assert find_index(tmp_path) == find_index(tmp_path) == tmp_path / "model_index.json"
+    assert caplog.text.count("of an earlier end") == 1
+    assert "the pipeline is of an earlier end; its run has come to step 10 of 20" in caplog.text
+    caplog.clear()
+    (tmp_path / "checkpoint-00000010" / "manifest.json").write_text(json.dumps({"step": 10, "total_steps": 10}))
+    assert find_index(tmp_path) == tmp_path / "model_index.json" and not caplog.text

@@ -67,7 +67,7 @@ def test_the_loss_scale_is_in_the_log_and_does_not_grow_beyond_its_bound(tmp_pat
     scalers = scaled(2.0**6, 1)  # doubles at every step, and a report comes at every second
     folder = run(tmp_path, "--max_train_steps", "10")
     assert [record["loss_scale"] for record in metrics(folder)] == [2.0**8, 2.0**10, 2.0**10, 2.0**10, 2.0**10]
-    assert scalers[0].get_scale() == 2.0**10 and metrics(folder)[-1]["skipped"] == 0
+    assert scalers[-1].get_scale() == 2.0**10 and metrics(folder)[-1]["skipped"] == 0
 
 
 def test_a_loss_scale_that_falls_without_end_stops_the_run(tmp_path, scaled, monkeypatch):

@@ -157,15 +157,18 @@ def measuring(name: str) -> Callable[[Trainer], Any]:
 
 
 def workers(trainer: Trainer) -> int:
+    def stream(order, start: int, total: int, workers: int):
+        yield {"workers": torch.tensor(workers)}
+
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(trainer, "data", SimpleNamespace(batches=lambda order, start, total, workers, pin: workers))
-        return trainer.batches()
+        patch.setattr(trainer, "data", SimpleNamespace(batches=stream))
+        return int(next(trainer.batches())["workers"])
 
 
 def is_channels_last(trainer: Trainer) -> bool:
     weights = [p for p in networks(trainer)[0].parameters() if p.ndim == 4 and min(p.shape[1:]) > 1]
     batch = {"x_0": torch.zeros(2, 3, 4, 4)}
-    seen = [*weights, trainer.to_device(batch)["x_0"]]
+    seen = [*weights, trainer.in_layout(batch)["x_0"]]
     return all(tensor.is_contiguous(memory_format=torch.channels_last) for tensor in seen)
 
 
@@ -174,6 +177,7 @@ def checkpoints_itself(module: nn.Module) -> bool:
 
 
 DDPM, GAN, UNETS, SAMPLED = ("ddpm",), ("ddgan",), ("ddpm", "classifier"), ("ddpm", "ddgan")
+TRANSFORMER = {"network": "transformer", "patch_size": 2}
 LINEAR, CLASSES, FD = {"beta_schedule": "linear"}, {"class_conditional": True}, {"eval_metrics": ("fd",)}
 COSINE = (1 + math.cos(math.pi * (75 - 5) / (100 - 5))) / 2
 # The two networks of a game show what the loop, which all scripts share, does with its own options.
@@ -252,6 +256,10 @@ BUILT = [
     Row("num_head_channels", 4, network("num_head_channels"), 4, UNETS),
     Row("norm_num_groups", 2, network("norm_num_groups"), 2, UNETS),
     Row("resblock_updown", True, network("resblock_updown"), True, DDPM),
+    Row("network", "transformer", lambda t: type(networks(t)[0]).__name__, "PixelTransformer2DModel", DDPM),
+    Row("hidden_size", 16, network("hidden_size"), 16, DDPM, TRANSFORMER),
+    Row("num_layers", 1, network("num_layers"), 1, DDPM, TRANSFORMER),
+    Row("bottleneck", 2, network("bottleneck"), 2, DDPM, TRANSFORMER),
     Row("pool", "spatial", network("pool"), "spatial", ("classifier",)),
     Row("random_crop", 0.5, lambda t: t.objective.random_crop, 0.5, ("classifier",)),
     Row("attention_sizes", (8,), network("attention_sizes"), (8,), GAN),
@@ -282,6 +290,9 @@ PINNED = {
     "max_bad_images": DATA.format("decoding") + "corrupt_images_beyond_the_limit_stop_the_run_and_are_named",
     "random_flip": DATA.format("batches") + "the_flip_of_an_image_depends_on_seed_epoch_and_index_alone",
     "streaming": DATA.format("streaming") + "a_stream_has_the_attributes_of_the_set_and_every_image_once_in_an_epoch",
+    "vae": DATA.format("latents") + "every_kind_of_autoencoder_gives_latents_that_it_decodes",
+    "vae_posterior": DATA.format("latents")
+    + "means_are_kept_to_half_precision_and_samples_have_the_posteriors_deviation",
     "label_dropout": DENOISING + "labels_are_dropped_below_the_share_in_training_and_never_in_evaluation",
     "timestep_sampling": DENOISING + "the_levels_of_a_batch_are_spread_as_asked",
     "objective": DENOISING + "the_bound_and_the_hybrid_are_trained_where_they_are_asked_for",
@@ -325,6 +336,8 @@ PINNED = {
     "allow_tf32": "training/test_every_setting.py::test_the_start_takes_precision_and_trackers_from_the_settings",
     "report_to": "training/test_every_setting.py::test_the_start_takes_precision_and_trackers_from_the_settings",
     "preset": "loop/test_start.py::test_a_preset_stands_below_what_is_given",
+    "data": "commands/test_train.py::test_data_names_a_path_before_a_name",
+    "max_train_minutes": "loop/test_planning.py::test_max_train_minutes_gives_the_run_that_its_config_repeats",
     "traceback": "training/test_every_setting.py::test_a_traceback_is_shown_where_it_is_asked_for",
     "hub_public": "training/test_every_setting.py::test_a_repository_is_private_unless_it_is_to_be_public",
     "cache_dir": "training/test_every_setting.py::test_the_hub_is_asked_for_a_configuration_into_a_cache",

@@ -438,7 +438,7 @@ def sample_latents(folder: Path) -> torch.Tensor:
 def test_dry_run_shows_costs_of_both_networks_without_training(tmp_path, capsys):
     run(tmp_path, "--max_train_steps", "1000", "--dry_run")
     shown = capsys.readouterr().out
-    for words in ("divergence: js", "memory a process", "minutes at", "64 images, 1 x 8 x 8, 10 classes"):
+    for words in ("divergence: js", "memory a process", "s a step", "64 images, 1 x 8 x 8, 10 classes"):
         assert words in shown
     assert not (tmp_path / "metrics.jsonl").exists()
 

@@ -12,6 +12,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from hf_diffusion import ClassifierFreeGuidancePipeline
+from hf_diffusion.loop import reporting, trainer
 from hf_diffusion.training import train_ddpm
 from tests.launching import run_claims
 from tests.training.interruptions import poison, stop_after
@@ -75,6 +76,18 @@ def finished(tmp_path_factory) -> Path:
     return run(
         tmp_path_factory.mktemp("run") / "whole", "--max_train_steps", "7", "--gradient_accumulation_steps", "2"
     )
+
+
+def test_the_loss_and_a_picture_are_there_long_before_the_first_report(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(trainer, "FIRST_PREVIEW", 3)
+    told = []
+    monkeypatch.setattr(reporting.Progress, "show", lambda self, figures: told.append(figures))
+    flags = ["--max_train_steps", "5", "--logging_steps", "50", "--sample_steps", "1000"]
+    folder = run(tmp_path / "run", *flags)
+    assert (folder / "samples" / "ema-00000003.png").is_file()
+    # steps 1, 2, 3 and 5, and the report at the end, whose mean the glances leave alone
+    assert [set(figures) for figures in told[:4]] == [{"loss"}] * 4 and "img_s" in told[4] and len(told) == 5
+    assert len(metrics(folder)) == 1
 
 
 def test_a_run_leaves_pipeline_config_metrics_curve_samples_and_card(finished):
@@ -229,7 +242,7 @@ def test_dry_run_shows_settings_sizes_and_the_data_without_training(tmp_path, ca
         "train_batch_size: 8",
         "parameters",
         "memory a process",
-        "minutes at",
+        "s a step",
         "data_preview.png",
         "64 images, 1 x 8 x 8, 10 classes",
     ):
@@ -269,7 +282,7 @@ def test_the_script_ends_in_one_sentence_and_a_status(tmp_path):
         (["--laerning_rate", "1"], 2, "did you mean --learning_rate?"),
         (["--prediction_type", "noise"], 2, "prediction_type"),
         (["--max_train_steps", "0"], 2, "at least 1"),
-        (["--dataset_name", "none"], 2, "give --dataset_name or --train_data_dir"),
+        (["--dataset_name", "none"], 2, "give the data to train on: --data with a folder"),
         (["--rescale_betas_zero_snr", "--prediction_type", "epsilon"], 2, "needs prediction_type v_prediction"),
         (["--ddpm_num_steps", "5", "--ddpm_num_inference_steps", "50"], 2, "50 is more than ddpm_num_steps 5"),
         (["--variance_type", "learned_range"], 2, "trained by the variational bound only"),
