@@ -1,6 +1,8 @@
 """A trained denoiser to start from, and its process in the words of a ConsistencyScheduler."""
 
 from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from diffusers import DiffusionPipeline
@@ -11,8 +13,14 @@ from hf_diffusion.data.classes import match_classes
 from hf_diffusion.data.protocol import TrainingData
 from hf_diffusion.hub.loading import load_pipeline
 from hf_diffusion.loop.checkpoints import MANIFEST
-from hf_diffusion.loop.fine_tuning import Trained, fitted, names_of, newest_checkpoint
+from hf_diffusion.loop.fine_tuning import Trained, fitted, names_of, newest_checkpoint, open_trained
+from hf_diffusion.models.mlp_points import PointDenoiser
+from hf_diffusion.models.transformer_pixel import PixelTransformer2DModel
+from hf_diffusion.models.unet_adm import ADMUNet2DModel
 from hf_diffusion.pipelines.sampling_parts import sides
+from hf_diffusion.schedulers.scheduling_edm import EDMHeunScheduler
+from hf_diffusion.schedulers.scheduling_flow import FlowMatchingScheduler
+from hf_diffusion.schedulers.scheduling_gaussian import LinearDDPMScheduler
 
 
 def variance_preserving(pipe: DiffusionPipeline) -> dict[str, Any]:
@@ -64,18 +72,39 @@ PROCESSES: dict[str, Callable[[DiffusionPipeline], dict[str, Any]]] = {
 }
 
 
+def of_checkpoint(folder: Path) -> SimpleNamespace:
+    """The averaged network of a checkpoint, with the scheduler that its run's settings describe, as
+    a pipeline has them; ValueError where they describe none that can be tuned.
+    """
+    trained = open_trained(str(folder), (ADMUNet2DModel, PixelTransformer2DModel, PointDenoiser))
+    settings, scheduler = trained.process, None
+    if {"ddpm_num_steps", "beta_schedule", "prediction_type"} <= set(settings):
+        same = ("beta_schedule", "beta_start", "beta_end", "rescale_betas_zero_snr", "prediction_type")
+        process = {name: settings[name] for name in same}
+        scheduler = LinearDDPMScheduler(num_train_timesteps=settings["ddpm_num_steps"], **process)
+    elif "preconditioning" in settings:
+        kinds = {name: settings[name] for name in ("preconditioning", "sigma_data")}
+        scheduler = EDMHeunScheduler(**kinds)
+    elif "sigma_floor" in settings:
+        scheduler = FlowMatchingScheduler(num_train_timesteps=settings["num_train_timesteps"])
+    if scheduler is None:
+        raise ValueError(
+            f"init_from {folder} is a checkpoint of a run that is none of train_ddpm.py, train_edm.py and "
+            "train_flow.py; give the pipeline that it saves at the end"
+        )
+    config = SimpleNamespace(**{name: settings.get(name) for name in ("prediction_type", "noise_scale")})
+    names = trained.class_names and dict(enumerate(trained.class_names))
+    return SimpleNamespace(unet=trained.network, scheduler=scheduler, config=config, id2label=names)
+
+
 def trained_denoiser(config: TrainingConfig, data: TrainingData) -> tuple[nn.Module, dict[str, Any]]:
     """The network that `init_from` names, and what a ConsistencyScheduler must know of its process.
 
     ValueError where it does not fit the data, or its process is not understood.
     """
     config.is_started = True
-    if (newest_checkpoint(config.init_from) / MANIFEST).is_file():
-        raise ValueError(
-            f"init_from {config.init_from} holds a checkpoint, which does not tell the noise levels of its network; "
-            "give the pipeline that its run saves at the end"
-        )
-    pipe = load_pipeline(config.init_from)
+    folder = newest_checkpoint(config.init_from)
+    pipe = of_checkpoint(folder) if (folder / MANIFEST).is_file() else load_pipeline(config.init_from)
     network, scheduler = getattr(pipe, "unet", None), getattr(pipe, "scheduler", None)
     read = next((read for attribute, read in PROCESSES.items() if hasattr(scheduler, attribute)), None)
     if network is None or read is None:

@@ -1,6 +1,7 @@
 """Starting from a trained network: from any of its forms, with classes matched by name, and what
 does not fit named."""
 
+import json
 import shutil
 from pathlib import Path
 from unittest.mock import Mock
@@ -13,6 +14,7 @@ from hf_diffusion import ClassifierFreeGuidancePipeline, EDMHeunScheduler, EDMPi
 from hf_diffusion.config.command_line import parse_config
 from hf_diffusion.data.loading import load_data
 from hf_diffusion.loop import fine_tuning
+from hf_diffusion.loop.checkpoints import MANIFEST
 from hf_diffusion.loop.fine_tuning import started_from
 from hf_diffusion.loop.init_from import trained_generator
 from hf_diffusion.loop.trained_denoiser import trained_denoiser
@@ -151,8 +153,14 @@ def test_a_denoiser_that_is_tuned_keeps_its_classes_by_name_and_refuses_others(r
     png_folder(root / "others", ("bee", "fly"))
     with pytest.raises(ValueError, match="data set others has the classes 'fly', which are not among 'bee', 'cow'"):
         tuned(root / "ddpm", "others")
-    with pytest.raises(ValueError, match="holds a checkpoint, which does not tell the noise levels of its network"):
-        tuned(root / "ddpm" / "checkpoint-00000002", "two")
+    assert torch.equal(tuned(root / "ddpm" / "checkpoint-00000002", "two"), trained[[1, 0, 2]])
+    # One of another method, whose settings are not those of a process that can be tuned.
+    other = shutil.copytree(root / "ddpm" / "checkpoint-00000002", root / "other")
+    manifest = json.loads((other / MANIFEST).read_text())
+    del manifest["settings"]["beta_schedule"]
+    (other / MANIFEST).write_text(json.dumps(manifest))
+    with pytest.raises(ValueError, match="is a checkpoint of a run that is none of train_ddpm.py, train_edm.py and"):
+        tuned(other, "two")
 
 
 def test_a_denoiser_of_another_process_makes_no_generator(root, tmp_path):

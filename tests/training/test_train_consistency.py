@@ -143,6 +143,30 @@ def test_networks_of_other_families_denoise_as_they_did(script, flags, kind, tmp
     torch.testing.assert_close(found, expected.float(), rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.parametrize(
+    "script, flags",
+    [
+        (train_ddpm, ["--beta_schedule", "linear", "--beta_end", "0.03", "--prediction_type", "epsilon"]),
+        (train_ddpm, ["--ddpm_num_steps", "100", "--rescale_betas_zero_snr"]),
+        (train_edm, ["--sigma_data", "0.7"]),
+        (train_flow, ["--num_train_timesteps", "100", "--prediction_type", "sample"]),
+    ],
+)
+def test_a_checkpoint_is_tuned_as_the_pipeline_that_its_run_has_saved(script, flags, tmp_path):
+    folder = trained(script, tmp_path / "start", *POINTS, *flags, "--max_train_steps", "2")
+    found = []
+    for source in (folder, max(folder.glob("checkpoint-*"))):
+        config = parse_config(
+            train_consistency.ConsistencyConfig,
+            [*POINTS, "--objective", "tuning", "--init_from", str(source)],
+        )
+        found.append(train_consistency.build_network(config, load_data(**config.data_arguments())))
+    (network, process), (of_checkpoint, its_process) = found
+    assert process == its_process
+    for name, value in network.state_dict().items():
+        assert torch.equal(value, of_checkpoint.state_dict()[name]), name
+
+
 def test_the_stock_pipeline_draws_the_same_from_a_model_trained_from_scratch(tmp_path):
     folder = run(
         tmp_path / "scratch", *IMAGES, "--class_conditional", "--label_dropout", "0", "--sampling_sigma_min", "none"
