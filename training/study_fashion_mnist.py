@@ -166,7 +166,7 @@ def launch(words: list[str]) -> None:
     print(f"+ python -m {shlex.join(words)}", flush=True)
     status = subprocess.run([sys.executable, "-m", *words]).returncode
     if status:
-        raise SystemExit(f"study_fashion_mnist.py: this command ended with status {status}: {shlex.join(words)}")
+        raise SystemExit(f"this command of the study ended with status {status}: {shlex.join(words)}")
 
 
 def run(options: argparse.Namespace) -> None:
