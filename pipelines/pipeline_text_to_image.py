@@ -36,8 +36,8 @@ class TextToImagePipeline(SamplingMixin, SelfContainedMixin, DiffusionPipeline):
     Args:
         unet: called as `unet(sample, timestep, encoder_hidden_states=..., class_labels=...)`, with
             the last states of the text encoder (B, L, D), 0 at padding, and their mean over the
-            tokens (B, D), which joins the embedding of the timestep. out_channels is C, or 2 C for
-            a learned variance.
+            tokens (B, D), which joins the embedding of the timestep (see `padding_id`).
+            out_channels is C, or 2 C for a learned variance.
         text_encoder: any that gives `last_hidden_state`: CLIPTextModel, T5EncoderModel, BertModel.
         tokenizer: its own, which pads on the right.
         scheduler: any diffusers scheduler of the process that the U-Net was trained on.
@@ -49,6 +49,9 @@ class TextToImagePipeline(SamplingMixin, SelfContainedMixin, DiffusionPipeline):
             same schedule.
         clip_tokenizer: its own.
         vae: an autoencoder of diffusers, which decodes what the network draws; None draws samples.
+        padding_id: of encoders that read padding as a text's part, as GLIDE's: the number of the
+            token for padding at position 0, which those for the other positions follow. States at
+            padding are kept then, and the last state stands in for the mean. None: the mean.
     """
 
     model_cpu_offload_seq = "text_encoder->unet->vae"
@@ -77,6 +80,7 @@ class TextToImagePipeline(SamplingMixin, SelfContainedMixin, DiffusionPipeline):
         clip: ModelMixin | None = None,
         clip_tokenizer: PreTrainedTokenizerBase | None = None,
         vae: ModelMixin | None = None,
+        padding_id: int | None = None,
     ):
         super().__init__()
         self.register_modules(
@@ -90,6 +94,7 @@ class TextToImagePipeline(SamplingMixin, SelfContainedMixin, DiffusionPipeline):
         )
         self.register_id2label(id2label)
         self.register_to_config(text_length=text_length, caption_template=caption_template, examples=examples)
+        self.register_to_config(padding_id=padding_id)
 
     @property
     def num_classes(self) -> int | None:
@@ -157,7 +162,8 @@ class TextToImagePipeline(SamplingMixin, SelfContainedMixin, DiffusionPipeline):
     def encode_prompts(self, prompts: list[str]) -> tuple[Tensor, Tensor]:
         """The encoder's last states (B, L, D), 0 at padding, and their mean over tokens (B, D).
 
-        Equal texts are encoded once. What is longer than `text_length` tokens is cut and told.
+        With a `padding_id` all states, and the last of them. Equal texts are encoded once. What is
+        longer than `text_length` tokens is cut and told.
         """
         unique = list(dict.fromkeys(prompts))
         length = self.config.text_length
@@ -166,16 +172,21 @@ class TextToImagePipeline(SamplingMixin, SelfContainedMixin, DiffusionPipeline):
                 logger.warning("the prompt %r has %s tokens; those after %s are cut", text, len(ids), length)
         options = {"padding": "max_length", "truncation": True, "max_length": length, "return_tensors": "pt"}
         tokens = self.tokenizer(unique, **options).to(self._execution_device)
-        mask = tokens.get("attention_mask", torch.ones_like(tokens["input_ids"]))
+        ids, mask = tokens["input_ids"], tokens.get("attention_mask", torch.ones_like(tokens["input_ids"]))
+        padding_id = self.config.padding_id
+        if padding_id is not None:
+            paddings = padding_id + torch.arange(length, device=ids.device)
+            ids, mask = torch.where(mask == 1, ids, paddings), torch.ones_like(mask)
         # one at a time, so that a text's states depend on no other in their last digits
         states = [
-            self.text_encoder(input_ids=ids[None], attention_mask=own[None]).last_hidden_state
-            for ids, own in zip(tokens["input_ids"], mask)
+            self.text_encoder(input_ids=row[None], attention_mask=own[None]).last_hidden_state
+            for row, own in zip(ids, mask)
         ]
         states = torch.cat(states) * mask[..., None].to(states[0].dtype)
         means = states.sum(1) / mask.sum(1, keepdim=True).clamp(min=1).to(states.dtype)
+        pooled = means if padding_id is None else states[:, -1]
         rows = torch.tensor([unique.index(text) for text in prompts], device=states.device)
-        return states[rows], means[rows]
+        return states[rows], pooled[rows]
 
     # --- the run --------------------------------------------------------------------------------
 
