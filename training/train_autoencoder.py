@@ -199,7 +199,8 @@ def build(config: AutoencoderConfig, accelerator: Accelerator, data: TrainingDat
     """The trainer of an autoencoder and its critic; users get the autoencoder."""
     if data.kind != "images":
         raise ValueError(f"{data.name} holds {data.kind}, and this autoencoder is one of images; give images")
-    autoencoder = started_from(config, data, build_autoencoder(config, data))
+    fresh = build_autoencoder(config, data)
+    autoencoder = started_from(config, data, fresh, wrapper=(Reconstructor, "autoencoder"))
     reconstructor = Reconstructor(autoencoder, config.learned_logvar, config.commitment)
     evaluators, originals = build_evaluators(config, accelerator, data)
     check_best_metric(config, evaluators)

@@ -28,16 +28,11 @@ from hf_diffusion.config.shared_options import (
     NoiseScheduleOptions,
     UNetOptions,
 )
-from hf_diffusion.data.caption_coders import (
-    EmbeddingCoder,
-    TokenCoder,
-    fitting_length,
-    load_text_encoder,
-    train_tokenizer,
-)
+from hf_diffusion.data.caption_coders import EmbeddingCoder, TokenCoder, fitting_length, load_text_encoder
 from hf_diffusion.data.protocol import TrainingData
-from hf_diffusion.loop.fine_tuning import started_from
+from hf_diffusion.loop.fine_tuning import check_process, fitted, started_from, take_shape
 from hf_diffusion.loop.generative import generative_trainer
+from hf_diffusion.loop.readers import shape_of_unet, token_coder, trained_unet_reader
 from hf_diffusion.loop.start import run
 from hf_diffusion.loop.trainer import Trainer
 from hf_diffusion.losses.captioned import CaptionDenoisingObjective, CaptionFlowObjective, ReadingUNet
@@ -161,13 +156,38 @@ def start_at_identity(unet: UNet2DConditionModel) -> None:
                 nn.init.zeros_(parameter)
 
 
-def build_reading(config: TextToImageConfig, data: TrainingData) -> tuple[TokenCoder, ReadingUNet]:
-    """A tokenizer of the captions, and a network with an encoder of their tokens."""
-    texts = data.captions.texts
-    tokenizer = train_tokenizer(texts, config.text_vocabulary, config.text_length)
-    coder = TokenCoder(tokenizer, fitting_length(tokenizer, texts, config.text_length))
-    tokenizer.model_max_length = coder.length
-    text = {
+def build_reading(
+    config: TextToImageConfig, data: TrainingData, accelerator: Accelerator
+) -> tuple[TokenCoder, ReadingUNet]:
+    """A tokenizer of the captions, and a network with an encoder of their tokens; of `init_from`,
+    where it names a run."""
+    former = None if config.init_from is None else trained_unet_reader(config.init_from)
+    coder = token_coder(config, accelerator, data.captions, former)
+    if former is not None:
+        config.is_started, trained = True, former.trained
+        check_process(config.init_from, trained.process, process_of(config))
+        text = trained.network.text_encoder.config.to_dict()
+        take_shape(config, shape_of_unet(trained.network.unet.config, text))
+        bound = {"unet_config": unet_settings(config, data, config.text_width), "text_config": text}
+        torch.manual_seed(config.seed)
+        return coder, fitted(config.init_from, trained, bound, None)
+    text = text_settings(config, coder)
+    torch.manual_seed(config.seed)
+    # By name: diffusers takes positional settings for defaults, and leaves them out of copies.
+    network = ReadingUNet(unet_config=unet_settings(config, data, config.text_width), text_config=text)
+    start_at_identity(network.unet)
+    return coder, network
+
+
+def process_of(config: TextToImageConfig) -> dict[str, Any]:
+    """The settings of the process that a network to start from must have been trained with."""
+    return {} if config.process == "flow" else config.noise_schedule() | {"prediction_type": config.prediction_type}
+
+
+def text_settings(config: TextToImageConfig, coder: TokenCoder) -> dict[str, Any]:
+    """The settings of a CLIPTextModel from scratch."""
+    tokenizer = coder.tokenizer
+    return {
         "vocab_size": len(tokenizer),
         "hidden_size": config.text_width,
         "intermediate_size": 4 * config.text_width,
@@ -179,24 +199,23 @@ def build_reading(config: TextToImageConfig, data: TrainingData) -> tuple[TokenC
         "bos_token_id": tokenizer.bos_token_id,
         "eos_token_id": tokenizer.eos_token_id,
     }
-    torch.manual_seed(config.seed)
-    # By name: diffusers takes positional settings for defaults, and leaves them out of copies.
-    network = ReadingUNet(unet_config=unet_settings(config, data, config.text_width), text_config=text)
-    start_at_identity(network.unet)
-    return coder, network
 
 
 def build_frozen(
-    config: TextToImageConfig, data: TrainingData, device: torch.device
+    config: TextToImageConfig, data: TrainingData, accelerator: Accelerator
 ) -> tuple[EmbeddingCoder, UNet2DConditionModel]:
     """The encoder's embeddings of the captions, and a network that is given them."""
-    coder = EmbeddingCoder(config.text_encoder, config.text_length, device)
-    coder.length = fitting_length(coder.tokenizer, data.captions.texts, config.text_length)
+    captions, coder = data.captions, EmbeddingCoder(config.text_encoder, config.text_length, accelerator.device)
+    coder.length = fitting_length(coder.tokenizer, captions.texts, config.text_length, captions.whole)
+    if not captions.whole:
+        accelerator.print(
+            "the embeddings of a stream's captions are not cached: the encoder stays in memory and reads each batch"
+        )
     width = coder.rows_of([""])(torch.tensor([0]))["class_labels"].shape[1]
     torch.manual_seed(config.seed)
     network = UNet2DConditionModel(**unet_settings(config, data, width))
     start_at_identity(network)
-    return coder, started_from(config, data, network)
+    return coder, started_from(config, data, network, process_of(config))
 
 
 def build_scheduler(
@@ -235,7 +254,7 @@ def build(config: TextToImageConfig, accelerator: Accelerator, data: TrainingDat
     is_frozen = config.text_encoder != SCRATCH
     # One process computes the embeddings, the others find them in the cache.
     with accelerator.main_process_first():
-        coder, network = build_frozen(config, data, accelerator.device) if is_frozen else build_reading(config, data)
+        coder, network = (build_frozen if is_frozen else build_reading)(config, data, accelerator)
         data.encode_captions(coder)
     objective = build_objective(config, accelerator, network, coder)
     names = dict(enumerate(data.class_names)) if config.caption_template else None

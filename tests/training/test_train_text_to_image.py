@@ -17,7 +17,7 @@ from hf_diffusion.randomness import Draw
 from hf_diffusion.training import train_text_to_image
 from hf_diffusion.training.train_text_to_image import TextToImageConfig
 from tests.data.autoencoders import make_autoencoder
-from tests.data.test_captions import folder_with, make_encoder
+from tests.data.test_captions import captioned_parquet, folder_with, make_encoder
 from tests.launching import ENVIRONMENT, launcher, run_claims
 from tests.training.interruptions import stop_after
 
@@ -71,6 +71,31 @@ def test_an_interrupted_run_ends_with_the_very_weights_of_an_uninterrupted_one(f
     run(tmp_path, *flags, "--resume_from_checkpoint", "latest")
     ours, whole = weights(tmp_path), weights(finished)
     assert ours.keys() == whole.keys() and all(torch.equal(ours[name], whole[name]) for name in whole)
+
+
+@pytest.mark.parametrize("encoder", [pytest.param("scratch", marks=pytest.mark.slow), "frozen"])
+def test_a_run_on_a_stream_reads_its_captions_on_the_way_and_is_resumed_bit_for_bit(
+    encoder, frozen, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setenv("HF_DIFFUSION_CACHE", str(tmp_path / "cache"))
+    path = captioned_parquet(tmp_path / "set.parquet", CAPTIONS * 4)
+    flags = ["--train_data_dir", str(path), "--streaming", "--resolution", "8", "--dataloader_num_workers", "1"]
+    flags += ["--caption_rows", "20", "--text_width", "16", "--text_layers", "1", "--text_length", "12"]
+    flags += ["--text_encoder", str(frozen[1])] if encoder == "frozen" else []
+    whole = weights(run(tmp_path / "whole", *flags))
+    said = capsys.readouterr().out
+    if encoder == "frozen":
+        assert "the embeddings of a stream's captions are not cached" in said
+    else:
+        assert "the tokenizer is trained on captions of the stream's first 20 rows" in said
+    with monkeypatch.context() as patch:
+        stop_after(patch, 3)
+        run(tmp_path / "cut", *flags)
+    ours = weights(run(tmp_path / "cut", *flags, "--resume_from_checkpoint", "latest"))
+    assert ours.keys() == whole.keys() and all(torch.equal(ours[name], whole[name]) for name in whole)
+    pipe = TextToImagePipeline.from_pretrained(tmp_path / "whole")
+    # room for captions that are longer than those of the first rows
+    assert pipe.config.text_length == 12 and "a small cat" in pipe.example_prompts
 
 
 def test_unet_and_encoder_are_both_trained(finished):
@@ -254,10 +279,11 @@ def test_dropped_captions_become_the_empty_text_in_training_alone():
 
 
 @pytest.mark.slow
-def test_two_processes_train_what_one_does(tmp_path):
+@pytest.mark.parametrize("flags", [[], ["--streaming", "--text_length", "16"]], ids=["set", "stream"])
+def test_two_processes_train_what_one_does(tmp_path, flags):
     def launch(name: str, processes: int, batch: str) -> Path:
         words = [*launcher(processes, "cpu_two_processes" if processes == 2 else None)]
-        words += ["training/train_text_to_image.py", *SMALL, *DIGITS, "--train_batch_size", batch]
+        words += ["training/train_text_to_image.py", *SMALL, *DIGITS, *flags, "--train_batch_size", batch]
         words += ["--output_dir", str(tmp_path / name)]
         result = subprocess.run(words, cwd=REPO, env=ENVIRONMENT, capture_output=True, text=True, timeout=600)
         assert result.returncode == 0, result.stdout + result.stderr

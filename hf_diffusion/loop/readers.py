@@ -1,0 +1,110 @@
+"""What a run starts from that learns to read captions: network and tokenizer, of a saved run or
+new."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from accelerate import Accelerator
+from diffusers import UNet2DConditionModel
+from transformers import AutoTokenizer, CLIPTextModel
+
+from hf_diffusion.data.caption_coders import TokenCoder, fitting_length, train_tokenizer
+from hf_diffusion.data.captions import Captions, StreamedCaptions
+from hf_diffusion.hub.loading import load_pipeline
+from hf_diffusion.loop.checkpoints import MANIFEST, read_manifest
+from hf_diffusion.loop.fine_tuning import Trained, newest_checkpoint, open_trained
+from hf_diffusion.losses.captioned import ReadingUNet
+from hf_diffusion.models.clip_noisy import NoisyCLIP
+
+
+@dataclass(frozen=True)
+class Reader:
+    """A trained network that reads `length` tokens, and its tokenizer.
+
+    A checkpoint holds no tokenizer, but its fingerprint.
+    """
+
+    trained: Trained
+    length: int
+    tokenizer: Any = None
+    fingerprint: str | None = None
+
+
+def trained_unet_reader(source: str) -> Reader:
+    """The U-Net and the text model of a pipeline or a checkpoint of train_text_to_image; ValueError
+    for others."""
+    folder = newest_checkpoint(source)
+    if (folder / MANIFEST).is_file():
+        trained = open_trained(str(folder), (ReadingUNet,))
+        length = trained.network.text_encoder.config.max_position_embeddings
+        return Reader(trained, length, fingerprint=read_manifest(folder).get("text"))
+    pipe = load_pipeline(source)
+    unet, encoder = getattr(pipe, "unet", None), getattr(pipe, "text_encoder", None)
+    if not isinstance(unet, UNet2DConditionModel) or not isinstance(encoder, CLIPTextModel):
+        raise ValueError(
+            f"init_from {source} is a {type(pipe).__name__} with a {type(encoder).__name__}, and an encoder from "
+            "scratch is a CLIPTextModel beside a UNet2DConditionModel; give a run of train_text_to_image.py with it, "
+            "or name the encoder by --text_encoder"
+        )
+    network = ReadingUNet(unet_config=_settings(unet), text_config=encoder.config.to_dict())
+    network.unet.load_state_dict(unet.state_dict())
+    network.text_encoder.load_state_dict(encoder.state_dict())
+    trained = Trained(network, None, _settings(pipe.scheduler))
+    return Reader(trained, pipe.config.text_length, pipe.tokenizer)
+
+
+def trained_clip_reader(source: str) -> Reader:
+    """The CLIP of a run or a checkpoint of train_clip; ValueError for others."""
+    folder = newest_checkpoint(source)
+    is_checkpoint = (folder / MANIFEST).is_file()
+    trained = open_trained(str(folder) if is_checkpoint else source, (NoisyCLIP,))
+    length = trained.network.config.text_length
+    if is_checkpoint:
+        return Reader(trained, length, fingerprint=read_manifest(folder).get("text"))
+    return Reader(trained, length, AutoTokenizer.from_pretrained(source))
+
+
+def token_coder(
+    config: Any, accelerator: Accelerator, captions: Captions | StreamedCaptions, former: Reader | None
+) -> TokenCoder:
+    """What makes tokens of captions: the tokenizer of a saved run, or one trained on the captions.
+
+    ValueError for a checkpoint whose tokenizer the captions do not make.
+    """
+    if former is not None and former.tokenizer is not None:
+        fitting_length(former.tokenizer, captions.texts, former.length)
+        return TokenCoder(former.tokenizer, former.length)
+    if not captions.whole:
+        accelerator.print(f"the tokenizer is trained on captions of the stream's first {captions.rows:,} rows")
+    tokenizer = train_tokenizer(captions.texts, config.text_vocabulary, config.text_length)
+    length = fitting_length(tokenizer, captions.texts, config.text_length, captions.whole)
+    coder = TokenCoder(tokenizer, length if former is None else former.length)
+    tokenizer.model_max_length = coder.length
+    if former is not None and former.fingerprint != coder.fingerprint:
+        raise ValueError(
+            f"init_from {config.init_from} is a checkpoint, which holds no tokenizer, and the captions of this run "
+            "make another one; give the folder of a finished run"
+        )
+    return coder
+
+
+def shape_of_unet(unet: dict[str, Any], text: dict[str, Any]) -> dict[str, Any]:
+    """The settings of a run that make a U-Net and a text model of these configs."""
+    first, *_ = widths = unet["block_out_channels"]
+    attends = [kind.startswith("SimpleCrossAttn") for kind in unet["down_block_types"]]
+    return {
+        "model_channels": first,
+        "channel_mult": [width / first for width in widths],
+        "num_res_blocks": unet["layers_per_block"],
+        "attention_resolutions": [2**level for level, here in enumerate(attends) if here],
+        "num_head_channels": unet["attention_head_dim"],
+        "norm_num_groups": unet["norm_num_groups"],
+        "text_width": text["hidden_size"],
+        "text_layers": text["num_hidden_layers"],
+        "text_heads": text["num_attention_heads"],
+        "text_length": text["max_position_embeddings"],
+    }
+
+
+def _settings(part: Any) -> dict[str, Any]:
+    return {name: value for name, value in part.config.items() if not name.startswith("_")}
