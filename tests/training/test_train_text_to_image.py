@@ -8,10 +8,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
 from safetensors.torch import load_file
 
 from hf_diffusion import TextToImagePipeline, cli
 from hf_diffusion.cards.papers import bibtex
+from hf_diffusion.config.command_line import parse_config
+from hf_diffusion.data.loading import load_data
 from hf_diffusion.losses.captioned import CaptionDenoisingObjective, ReadingUNet
 from hf_diffusion.randomness import Draw
 from hf_diffusion.training import train_text_to_image
@@ -96,6 +99,59 @@ def test_a_run_on_a_stream_reads_its_captions_on_the_way_and_is_resumed_bit_for_
     pipe = TextToImagePipeline.from_pretrained(tmp_path / "whole")
     # room for captions that are longer than those of the first rows
     assert pipe.config.text_length == 12 and "a small cat" in pipe.example_prompts
+
+
+def begun(*flags: str):
+    """Network, coder and settings that a run would start with."""
+    config = parse_config(TextToImageConfig, ["--train_batch_size", "8", "--max_train_steps", "2", *flags])
+    accelerator = Accelerator()
+    coder, network = train_text_to_image.build_reading(config, load_data(**config.data_arguments()), accelerator)
+    return network, coder, config
+
+
+@pytest.mark.parametrize("source", ["", "checkpoint-00000005"], ids=["pipeline", "checkpoint"])
+def test_a_run_starts_from_network_text_model_and_tokenizer_of_a_saved_one(finished, source, capsys):
+    flags = [*DIGITS, "--split", "train[:90%]", "--variance_type", "learned_range", "--objective", "hybrid"]
+    network, coder, config = begun(*flags, "--text_width", "64", "--init_from", str(finished / source))
+    trained = weights(finished)
+    assert all(torch.equal(value, trained[name]) for name, value in network.state_dict().items())
+    assert (config.model_channels, config.channel_mult, config.text_width, config.is_started) == (8, (1, 2), 16, True)
+    assert "the shape is that of" in capsys.readouterr().out
+    theirs = TextToImagePipeline.from_pretrained(finished)
+    assert coder.length == theirs.config.text_length == config.text_length
+    texts = ["the digit 3", "an unseen word"]
+    for name, value in coder.conditions_of(texts).items():
+        expected = theirs.tokenizer(texts, padding="max_length", max_length=coder.length, return_tensors="pt")[name]
+        assert torch.equal(value, expected)
+
+
+def test_other_captions_are_read_with_the_tokenizer_of_the_run_that_one_starts_from(finished, tmp_path):
+    path = captioned_parquet(tmp_path / "set.parquet", CAPTIONS)
+    flags = ["--train_data_dir", str(path), "--resolution", "8", "--channels", "1", "--init_from"]
+    network, coder, _ = begun(*flags, str(finished))
+    assert len(coder.tokenizer) == network.text_encoder.config.vocab_size
+    trained = load_file(finished / "text_encoder" / "model.safetensors")
+    assert all(torch.equal(value, trained[name]) for name, value in network.text_encoder.state_dict().items())
+    with pytest.raises(
+        ValueError, match="is a checkpoint, which holds no tokenizer, .* give the folder of a finished"
+    ):
+        begun(*flags, str(finished / "checkpoint-00000005"))
+
+
+def test_what_cannot_be_started_from_is_met_by_a_sentence(finished, frozen):
+    with pytest.raises(ValueError, match="was trained with prediction_type v_prediction, and this run has epsilon"):
+        begun(*DIGITS, "--prediction_type", "epsilon", "--init_from", str(finished))
+    with pytest.raises(
+        ValueError, match="is a TextToImagePipeline with a BertModel, and an encoder from scratch is a"
+    ):
+        begun(*DIGITS, "--init_from", str(frozen[0]))
+
+
+def test_a_started_run_trains_on_and_is_saved(finished, tmp_path):
+    flags = [*DIGITS, "--max_train_steps", "1", "--variance_type", "learned_range", "--objective", "hybrid"]
+    ours = weights(run(tmp_path / "on", *flags, "--init_from", str(finished), "--learning_rate", "1e-6"))
+    for name, value in weights(finished).items():
+        torch.testing.assert_close(ours[name], value, rtol=0, atol=2e-6)
 
 
 def test_unet_and_encoder_are_both_trained(finished):
