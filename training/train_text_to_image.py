@@ -85,8 +85,12 @@ class TextToImageConfig(
         "ddim", "scheduler of the grids and of the pipeline of a gaussian process", group="sampling", tied=None
     )
     num_inference_steps: int = option(50, "sampling steps of the grids and of eval_metrics", at_least=1, tied=None)
-    guidance_scale: float = option(
-        2.0, "classifier-free guidance of the grids and of eval_metrics; 1 is none", at_least=0, tied=None
+    guidance_scale: float | None = option(
+        None,
+        "classifier-free guidance of the grids and of eval_metrics; 1 is none, none is 2 where the network learns the "
+        "empty text",
+        at_least=0,
+        tied=None,
     )
 
     def check(self) -> None:
@@ -114,7 +118,8 @@ class TextToImageConfig(
         return tuple(paper for paper, is_used in used.items() if is_used)
 
     def sampling_options(self) -> dict[str, Any]:
-        return {"num_inference_steps": self.num_inference_steps, "guidance_scale": self.guidance_scale}
+        guidance = {} if self.guidance_scale is None else {"guidance_scale": self.guidance_scale}
+        return {"num_inference_steps": self.num_inference_steps, **guidance}
 
     def preset_settings(self, sample_shape: tuple[int, ...]) -> dict[str, Any]:
         return {**super().preset_settings(sample_shape), "patch_size": 1}
@@ -252,6 +257,12 @@ def build_objective(
 def build(config: TextToImageConfig, accelerator: Accelerator, data: TrainingData) -> Trainer:
     """The trainer of a network, which users get with the encoder of texts and its tokenizer."""
     is_frozen = config.text_encoder != SCRATCH
+    empty_text = config.label_dropout > 0 or data.captions.has_empty
+    if not empty_text and config.guidance_scale not in (None, 1):
+        raise ValueError(
+            f"guidance_scale {config.guidance_scale} leads away from the empty text, which a network with "
+            "label_dropout 0 never sees; give guidance_scale 1, or a label_dropout"
+        )
     # One process computes the embeddings, the others find them in the cache.
     with accelerator.main_process_first():
         coder, network = (build_frozen if is_frozen else build_reading)(config, data, accelerator)
@@ -264,6 +275,7 @@ def build(config: TextToImageConfig, accelerator: Accelerator, data: TrainingDat
         "caption_template": config.caption_template[0] if config.caption_template else "{}",
         "examples": data.captions.examples(EXAMPLES),
         "vae": data.autoencoder,
+        "empty_text": empty_text,
     }
 
     def pipeline(network: nn.Module) -> TextToImagePipeline:

@@ -62,6 +62,11 @@ class Captions:
         """The images without any caption."""
         return np.flatnonzero(self.numbers[self.starts] == 0).tolist()
 
+    @property
+    def has_empty(self) -> bool:
+        """Whether some image has the empty text."""
+        return bool(self.missing)
+
     def digest(self) -> bytes:
         """Tells other captions apart."""
         digest = hashlib.sha256("\n".join(self.texts).encode())
@@ -115,12 +120,16 @@ class StreamedCaptions:
     @cached_property
     def texts(self) -> list[str]:
         """BadData where none of the first rows has a caption."""
-        found = dict.fromkeys([""])
-        for row in self._dataset.take(self.rows):
-            found |= dict.fromkeys(self.of_row(row))
-        if len(found) == 1:
+        found = dict.fromkeys(text for row in self._dataset.take(self.rows) for text in self.of_row(row))
+        self._has_empty = "" in found
+        if not set(found) - {""}:
             raise BadData(f"none of the first {self.rows:,} rows has a caption; choose another --caption_column")
-        return list(found)
+        return list(dict.fromkeys([""]) | found)
+
+    @property
+    def has_empty(self) -> bool:
+        """Whether some image of the first rows has the empty text."""
+        return bool(self.texts) and self._has_empty
 
     def of_row(self, row: dict[str, Any]) -> list[str]:
         """The different captions of a row, [""] where it has none."""

@@ -301,6 +301,10 @@ def test_captions_of_latents_are_learned_and_decoded(tmp_path, monkeypatch):
         (["--caption_template", "a {}", "--text_heads", "3"], "text_heads 3 does not divide text_width 128"),
         (["--caption_template", "a {}", "--text_encoder", "no/such/folder"], "text_encoder no/such/folder"),
         ([], "there are no captions"),
+        (
+            ["--caption_template", "a {}", "--label_dropout", "0", "--guidance_scale", "2"],
+            "guidance_scale 2.0 leads away from the empty text, which a network with label_dropout 0 never sees",
+        ),
     ],
 )
 def test_settings_that_cannot_be_are_met_by_a_sentence(flags, sentence, tmp_path, capsys):
@@ -308,6 +312,13 @@ def test_settings_that_cannot_be_are_met_by_a_sentence(flags, sentence, tmp_path
         train_text_to_image.main([*SMALL, "--dataset_name", "digits", *flags, "--output_dir", str(tmp_path)])
     said = f"{stopped.value} {capsys.readouterr().err}"
     assert sentence in said and "Traceback" not in said
+
+
+def test_a_run_without_dropped_captions_is_drawn_from_without_guidance(tmp_path):
+    folder = run(tmp_path, *DIGITS, "--label_dropout", "0", "--max_train_steps", "1")
+    pipe = TextToImagePipeline.from_pretrained(folder)
+    assert pipe.config.empty_text is False and "guidance_scale=1.0" in (folder / "README.md").read_text()
+    assert not (folder / "samples" / "guidance.png").exists()
 
 
 def test_dropped_captions_become_the_empty_text_in_training_alone():
