@@ -30,9 +30,15 @@ from hf_diffusion.config.shared_options import (
 )
 from hf_diffusion.data.caption_coders import EmbeddingCoder, TokenCoder, fitting_length, load_text_encoder
 from hf_diffusion.data.protocol import TrainingData
-from hf_diffusion.loop.fine_tuning import check_process, fitted, started_from, take_shape
+from hf_diffusion.loop.fine_tuning import Trained, check_process, fitted, take_shape
 from hf_diffusion.loop.generative import generative_trainer
-from hf_diffusion.loop.readers import shape_of_unet, token_coder, trained_unet_reader
+from hf_diffusion.loop.readers import (
+    shape_of_text_model,
+    shape_of_unet,
+    token_coder,
+    trained_unet,
+    trained_unet_reader,
+)
 from hf_diffusion.loop.start import run
 from hf_diffusion.loop.trainer import Trainer
 from hf_diffusion.losses.captioned import CaptionDenoisingObjective, CaptionFlowObjective, ReadingUNet
@@ -169,13 +175,11 @@ def build_reading(
     former = None if config.init_from is None else trained_unet_reader(config.init_from)
     coder = token_coder(config, accelerator, data.captions, former)
     if former is not None:
-        config.is_started, trained = True, former.trained
-        check_process(config.init_from, trained.process, process_of(config))
-        text = trained.network.text_encoder.config.to_dict()
-        take_shape(config, shape_of_unet(trained.network.unet.config, text))
+        network = former.trained.network
+        text = network.text_encoder.config.to_dict()
+        follow(config, former.trained, shape_of_unet(network.unet.config) | shape_of_text_model(text))
         bound = {"unet_config": unet_settings(config, data, config.text_width), "text_config": text}
-        torch.manual_seed(config.seed)
-        return coder, fitted(config.init_from, trained, bound, None)
+        return coder, fitted(config.init_from, former.trained, bound, None)
     text = text_settings(config, coder)
     torch.manual_seed(config.seed)
     # By name: diffusers takes positional settings for defaults, and leaves them out of copies.
@@ -184,9 +188,14 @@ def build_reading(
     return coder, network
 
 
-def process_of(config: TextToImageConfig) -> dict[str, Any]:
-    """The settings of the process that a network to start from must have been trained with."""
-    return {} if config.process == "flow" else config.noise_schedule() | {"prediction_type": config.prediction_type}
+def follow(config: TextToImageConfig, trained: Trained, shape: dict[str, Any]) -> None:
+    """Let the run have the shape of the network that it starts from; ValueError where that was
+    trained on another process."""
+    config.is_started = True
+    wanted = {**config.noise_schedule(), "prediction_type": config.prediction_type}
+    check_process(config.init_from, trained.process, {} if config.process == "flow" else wanted)
+    take_shape(config, shape)
+    torch.manual_seed(config.seed)
 
 
 def text_settings(config: TextToImageConfig, coder: TokenCoder) -> dict[str, Any]:
@@ -217,10 +226,14 @@ def build_frozen(
             "the embeddings of a stream's captions are not cached: the encoder stays in memory and reads each batch"
         )
     width = coder.rows_of([""])(torch.tensor([0]))["class_labels"].shape[1]
+    if config.init_from is not None:
+        trained = trained_unet(config.init_from)
+        follow(config, trained, shape_of_unet(trained.network.config))
+        return coder, fitted(config.init_from, trained, unet_settings(config, data, width), None)
     torch.manual_seed(config.seed)
     network = UNet2DConditionModel(**unet_settings(config, data, width))
     start_at_identity(network)
-    return coder, started_from(config, data, network, process_of(config))
+    return coder, network
 
 
 def build_scheduler(

@@ -204,8 +204,11 @@ def _typed(given: dict[str, str], function: Callable) -> dict[str, Any]:
     values = {}
     for name, parameter in inspect.signature(function).parameters.items():
         if name in given:
-            kind = type(parameter.default)
-            values[name] = given[name].lower() in ("true", "yes", "1") if kind is bool else kind(given[name])
+            kind, value = type(parameter.default), given[name]
+            try:
+                values[name] = value.lower() in ("true", "yes", "1") if kind is bool else kind(value)
+            except ValueError:
+                raise ValueError(f"--flags: {name} must be a number, not {value!r}") from None
     return values
 
 

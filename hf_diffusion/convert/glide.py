@@ -183,13 +183,15 @@ def _unet_settings(state: Mapping[str, Tensor], num_head_channels: int) -> dict[
     refused = {
         f"a first level of {widths[0]} channels for {model_channels} model channels": widths[0] != model_channels,
         "no scale and shift of its norms (use_scale_shift_norm)": modulation != 2 * widths[-1],
-        f"{sorted(heads)} channels where it attends, which num_head_channels {num_head_channels} does not divide": any(
-            width % num_head_channels for width in heads
-        ),
     }
     for what, is_so in refused.items():
         if is_so:
             raise ValueError(f"the checkpoint has {what}; UNet2DConditionModel cannot take it")
+    if num_head_channels < 1 or any(width % num_head_channels for width in heads):
+        raise ValueError(
+            f"num_head_channels {num_head_channels} does not divide the {sorted(heads)} channels where the checkpoint "
+            "attends; give the one that it was trained with"
+        )
     down = ["SimpleCrossAttnDownBlock2D" if here else "ResnetDownsampleBlock2D" for here in attends]
     up = ["SimpleCrossAttnUpBlock2D" if here else "ResnetUpsampleBlock2D" for here in reversed(attends)]
     return {
@@ -279,8 +281,11 @@ def _text_model_from_glide(left: dict[str, Tensor], heads: int) -> SiglipTextMod
     tokens, positions = _take(left, "token_embedding.weight"), _take(left, "positional_embedding")
     padding = _take(left, "padding_embedding")
     (length, width), vocab_size = positions.shape, len(tokens)
-    if width % heads:
-        raise ValueError(f"xf_heads {heads} does not divide the {width} features of the text transformer")
+    if heads < 1 or width % heads:
+        raise ValueError(
+            f"xf_heads {heads} does not divide the {width} features of the text transformer; give the one that it was "
+            "trained with"
+        )
     layers = 1 + max(int(name.split(".")[2]) for name in left if name.startswith("transformer.resblocks."))
     config = SiglipTextConfig(
         vocab_size=vocab_size + length,

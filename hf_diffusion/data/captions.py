@@ -15,8 +15,9 @@ from hf_diffusion.data.listing import counted
 from hf_diffusion.data.selection import evenly_spaced
 
 
-# Columns that are taken for captions without being asked for, the first one that is there.
-USUAL_COLUMNS = ("text", "caption", "captions", "prompt")
+# Columns that are taken for captions without being asked for, the first one that is there. "txt" is
+# what webdatasets on the Hub have.
+USUAL_COLUMNS = ("text", "caption", "captions", "prompt", "txt")
 # Where a template has the name of the class.
 PLACE = "{}"
 SHOWN = 3

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from accelerate import Accelerator
-from diffusers import UNet2DConditionModel
+from diffusers import DiffusionPipeline, UNet2DConditionModel
 from transformers import AutoTokenizer, CLIPTextModel
 
 from hf_diffusion.data.caption_coders import TokenCoder, fitting_length, train_tokenizer
@@ -53,6 +53,22 @@ def trained_unet_reader(source: str) -> Reader:
     return Reader(trained, pipe.config.text_length, pipe.tokenizer)
 
 
+def trained_unet(source: str) -> Trained:
+    """The U-Net alone, for the embeddings of a frozen encoder; ValueError for one that knows others
+    than such a run makes."""
+    try:
+        facts = DiffusionPipeline.load_config(str(newest_checkpoint(source)))
+    except OSError:
+        # It is a checkpoint, a network alone, or nothing, which is told where it is opened.
+        facts = {}
+    if facts.get("padding_id") is not None:
+        raise ValueError(
+            f"init_from {source} reads padding as a part of texts, as GLIDE does, and no training here does; start "
+            "from a run of train_text_to_image.py"
+        )
+    return open_trained(source, (UNet2DConditionModel,), (ReadingUNet, "unet"))
+
+
 def trained_clip_reader(source: str) -> Reader:
     """The CLIP of a run or a checkpoint of train_clip; ValueError for others."""
     folder = newest_checkpoint(source)
@@ -88,8 +104,8 @@ def token_coder(
     return coder
 
 
-def shape_of_unet(unet: dict[str, Any], text: dict[str, Any]) -> dict[str, Any]:
-    """The settings of a run that make a U-Net and a text model of these configs."""
+def shape_of_unet(unet: dict[str, Any]) -> dict[str, Any]:
+    """The settings of a run that make a U-Net of this config."""
     first, *_ = widths = unet["block_out_channels"]
     attends = [kind.startswith("SimpleCrossAttn") for kind in unet["down_block_types"]]
     return {
@@ -99,6 +115,12 @@ def shape_of_unet(unet: dict[str, Any], text: dict[str, Any]) -> dict[str, Any]:
         "attention_resolutions": [2**level for level, here in enumerate(attends) if here],
         "num_head_channels": unet["attention_head_dim"],
         "norm_num_groups": unet["norm_num_groups"],
+    }
+
+
+def shape_of_text_model(text: dict[str, Any]) -> dict[str, Any]:
+    """The settings of a run that make a text model of this config."""
+    return {
         "text_width": text["hidden_size"],
         "text_layers": text["num_hidden_layers"],
         "text_heads": text["num_attention_heads"],

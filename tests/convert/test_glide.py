@@ -289,6 +289,7 @@ def test_what_cannot_be_converted_is_met_by_a_sentence_and_nothing_is_written(gi
         ((tmp_path / "other.safetensors", *ours), "is no Text2ImUNet"),
         ((given / "base.pt", *ours), "num_head_channels 64 does not divide"),
         ((given / "base.pt", *ours, "--flags", "--num_head_channels 16 --xf_heads 5"), "xf_heads 5 does not divide"),
+        ((given / "base.pt", *ours, "--flags", "--image_size x"), "--flags: image_size must be a number, not 'x'"),
         ((given / "base.pt", *ours, "--flags", FLAGS + " --noise_schedule cosine"), "noise_schedule 'cosine'"),
         (
             (given / "base.pt", "--tokenizer", tmp_path, *flags),

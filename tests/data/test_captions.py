@@ -183,7 +183,7 @@ def test_templates_make_captions_of_class_names():
 @pytest.mark.parametrize(
     "options, sentence",
     [
-        ({}, "there are no captions: the data have none of the columns text, caption, captions, prompt; name one by"),
+        ({}, "there are no captions: the data have none of the columns text, caption, captions, prompt, txt; name"),
         ({"caption_column": "words"}, "caption_column 'words' is not in the data set; no column of it holds texts"),
         ({"caption_column": "label"}, "caption_column 'label' is of type ClassLabel"),
         ({"caption_templates": ("a photo",)}, "'a photo' has 0 places for the name of the class; write {} once"),

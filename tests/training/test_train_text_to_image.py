@@ -15,6 +15,7 @@ from hf_diffusion import TextToImagePipeline, cli
 from hf_diffusion.cards.papers import bibtex
 from hf_diffusion.config.command_line import parse_config
 from hf_diffusion.data.loading import load_data
+from hf_diffusion.loop.readers import trained_unet
 from hf_diffusion.losses.captioned import CaptionDenoisingObjective, ReadingUNet
 from hf_diffusion.randomness import Draw
 from hf_diffusion.training import train_text_to_image
@@ -76,7 +77,8 @@ def test_an_interrupted_run_ends_with_the_very_weights_of_an_uninterrupted_one(f
     assert ours.keys() == whole.keys() and all(torch.equal(ours[name], whole[name]) for name in whole)
 
 
-@pytest.mark.parametrize("encoder", [pytest.param("scratch", marks=pytest.mark.slow), "frozen"])
+@pytest.mark.slow
+@pytest.mark.parametrize("encoder", ["scratch", "frozen"])
 def test_a_run_on_a_stream_reads_its_captions_on_the_way_and_is_resumed_bit_for_bit(
     encoder, frozen, tmp_path, monkeypatch, capsys
 ):
@@ -145,6 +147,23 @@ def test_what_cannot_be_started_from_is_met_by_a_sentence(finished, frozen):
         ValueError, match="is a TextToImagePipeline with a BertModel, and an encoder from scratch is a"
     ):
         begun(*DIGITS, "--init_from", str(frozen[0]))
+
+
+def test_a_network_of_a_frozen_encoder_is_started_from_in_its_own_shape(frozen, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_DIFFUSION_CACHE", str(tmp_path / "cache"))
+    path = captioned_parquet(tmp_path / "set.parquet", CAPTIONS)
+    words = ["--train_data_dir", str(path), "--resolution", "8", "--text_encoder", str(frozen[1]), "--process", "flow"]
+    for source in (frozen[0], frozen[0] / "checkpoint-00000005"):
+        given = [*words, "--train_batch_size", "8", "--max_train_steps", "2", "--init_from", str(source)]
+        config = parse_config(TextToImageConfig, given)
+        data = load_data(**config.data_arguments())
+        _, network = train_text_to_image.build_frozen(config, data, Accelerator())
+        trained = load_file(frozen[0] / "unet" / "diffusion_pytorch_model.safetensors")
+        assert all(torch.equal(value, trained[name]) for name, value in network.state_dict().items())
+        assert config.model_channels == 8 and config.is_started
+    (tmp_path / "model_index.json").write_text('{"_class_name": "TextToImagePipeline", "padding_id": 30}')
+    with pytest.raises(ValueError, match="reads padding as a part of texts, as GLIDE does, and no training here does"):
+        trained_unet(str(tmp_path))
 
 
 def test_a_started_run_trains_on_and_is_saved(finished, tmp_path):
@@ -314,8 +333,9 @@ def test_settings_that_cannot_be_are_met_by_a_sentence(flags, sentence, tmp_path
     assert sentence in said and "Traceback" not in said
 
 
-def test_a_run_without_dropped_captions_is_drawn_from_without_guidance(tmp_path):
-    folder = run(tmp_path, *DIGITS, "--label_dropout", "0", "--max_train_steps", "1")
+def test_a_run_on_a_stream_without_dropped_captions_is_drawn_from_without_guidance(tmp_path, capsys):
+    folder = run(tmp_path, *DIGITS, "--streaming", "--label_dropout", "0", "--max_train_steps", "1")
+    assert "the tokenizer is trained on captions of the stream's first 5,000 rows" in capsys.readouterr().out
     pipe = TextToImagePipeline.from_pretrained(folder)
     assert pipe.config.empty_text is False and "guidance_scale=1.0" in (folder / "README.md").read_text()
     assert not (folder / "samples" / "guidance.png").exists()
