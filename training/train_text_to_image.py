@@ -35,9 +35,11 @@ from hf_diffusion.loop.generative import generative_trainer
 from hf_diffusion.loop.readers import (
     shape_of_text_model,
     shape_of_unet,
+    text_settings,
     token_coder,
     trained_unet,
     trained_unet_reader,
+    unet_settings,
 )
 from hf_diffusion.loop.start import run
 from hf_diffusion.loop.trainer import Trainer
@@ -131,34 +133,6 @@ class TextToImageConfig(
         return {**super().preset_settings(sample_shape), "patch_size": 1}
 
 
-def unet_settings(config: TextToImageConfig, data: TrainingData, text_width: int) -> dict[str, Any]:
-    """GLIDE's U-Net for the shape of the data: texts are added to the keys and values of its
-    attention, their mean to the embedding of the timestep.
-    """
-    shape = config.unet_shape(data.sample_shape)
-    attends = [2**level in shape["attention_resolutions"] for level in range(len(shape["channel_mult"]))]
-    down = ["SimpleCrossAttnDownBlock2D" if here else "ResnetDownsampleBlock2D" for here in attends]
-    up = ["SimpleCrossAttnUpBlock2D" if here else "ResnetUpsampleBlock2D" for here in reversed(attends)]
-    learned = config.process == "gaussian" and config.learns_variance
-    return {
-        "sample_size": shape["sample_size"],
-        "in_channels": shape["in_channels"],
-        "out_channels": shape["in_channels"] * (2 if learned else 1),
-        "block_out_channels": tuple(int(config.model_channels * m) for m in shape["channel_mult"]),
-        "layers_per_block": config.num_res_blocks,
-        "down_block_types": tuple(down),
-        "mid_block_type": "UNetMidBlock2DSimpleCrossAttn",
-        "up_block_types": tuple(up),
-        "resnet_time_scale_shift": "scale_shift",
-        "attention_head_dim": config.num_head_channels,
-        "norm_num_groups": config.norm_num_groups,
-        "dropout": config.dropout,
-        "cross_attention_dim": text_width,
-        "class_embed_type": "simple_projection",
-        "projection_class_embeddings_input_dim": text_width,
-    }
-
-
 def start_at_identity(unet: UNet2DConditionModel) -> None:
     """Set what ends residual branches to zero, as GLIDE does: a fresh block is the identity."""
     for name, module in unet.named_modules():
@@ -196,23 +170,6 @@ def follow(config: TextToImageConfig, trained: Trained, shape: dict[str, Any]) -
     check_process(config.init_from, trained.process, {} if config.process == "flow" else wanted)
     take_shape(config, shape)
     torch.manual_seed(config.seed)
-
-
-def text_settings(config: TextToImageConfig, coder: TokenCoder) -> dict[str, Any]:
-    """The settings of a CLIPTextModel from scratch."""
-    tokenizer = coder.tokenizer
-    return {
-        "vocab_size": len(tokenizer),
-        "hidden_size": config.text_width,
-        "intermediate_size": 4 * config.text_width,
-        "projection_dim": config.text_width,
-        "num_hidden_layers": config.text_layers,
-        "num_attention_heads": config.text_heads,
-        "max_position_embeddings": coder.length,
-        "pad_token_id": tokenizer.pad_token_id,
-        "bos_token_id": tokenizer.bos_token_id,
-        "eos_token_id": tokenizer.eos_token_id,
-    }
 
 
 def build_frozen(

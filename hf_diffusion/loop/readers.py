@@ -1,5 +1,5 @@
-"""What a run starts from that learns to read captions: network and tokenizer, of a saved run or
-new."""
+"""What a run that learns to read captions is made of: settings of its networks, and the network
+and tokenizer of a saved run that it starts from."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -10,6 +10,7 @@ from transformers import AutoTokenizer, CLIPTextModel
 
 from hf_diffusion.data.caption_coders import TokenCoder, fitting_length, train_tokenizer
 from hf_diffusion.data.captions import Captions, StreamedCaptions
+from hf_diffusion.data.protocol import TrainingData
 from hf_diffusion.hub.loading import load_pipeline
 from hf_diffusion.loop.checkpoints import MANIFEST, read_manifest
 from hf_diffusion.loop.fine_tuning import Trained, newest_checkpoint, open_trained
@@ -104,6 +105,34 @@ def token_coder(
     return coder
 
 
+def unet_settings(config: Any, data: TrainingData, text_width: int) -> dict[str, Any]:
+    """GLIDE's U-Net for the shape of the data: texts are added to the keys and values of its
+    attention, their mean to the embedding of the timestep.
+    """
+    shape = config.unet_shape(data.sample_shape)
+    attends = [2**level in shape["attention_resolutions"] for level in range(len(shape["channel_mult"]))]
+    down = ["SimpleCrossAttnDownBlock2D" if here else "ResnetDownsampleBlock2D" for here in attends]
+    up = ["SimpleCrossAttnUpBlock2D" if here else "ResnetUpsampleBlock2D" for here in reversed(attends)]
+    learned = config.process == "gaussian" and config.learns_variance
+    return {
+        "sample_size": shape["sample_size"],
+        "in_channels": shape["in_channels"],
+        "out_channels": shape["in_channels"] * (2 if learned else 1),
+        "block_out_channels": tuple(int(config.model_channels * m) for m in shape["channel_mult"]),
+        "layers_per_block": config.num_res_blocks,
+        "down_block_types": tuple(down),
+        "mid_block_type": "UNetMidBlock2DSimpleCrossAttn",
+        "up_block_types": tuple(up),
+        "resnet_time_scale_shift": "scale_shift",
+        "attention_head_dim": config.num_head_channels,
+        "norm_num_groups": config.norm_num_groups,
+        "dropout": config.dropout,
+        "cross_attention_dim": text_width,
+        "class_embed_type": "simple_projection",
+        "projection_class_embeddings_input_dim": text_width,
+    }
+
+
 def shape_of_unet(unet: dict[str, Any]) -> dict[str, Any]:
     """The settings of a run that make a U-Net of this config."""
     first, *_ = widths = unet["block_out_channels"]
@@ -115,6 +144,23 @@ def shape_of_unet(unet: dict[str, Any]) -> dict[str, Any]:
         "attention_resolutions": [2**level for level, here in enumerate(attends) if here],
         "num_head_channels": unet["attention_head_dim"],
         "norm_num_groups": unet["norm_num_groups"],
+    }
+
+
+def text_settings(config: Any, coder: TokenCoder) -> dict[str, Any]:
+    """The settings of a CLIPTextModel from scratch."""
+    tokenizer = coder.tokenizer
+    return {
+        "vocab_size": len(tokenizer),
+        "hidden_size": config.text_width,
+        "intermediate_size": 4 * config.text_width,
+        "projection_dim": config.text_width,
+        "num_hidden_layers": config.text_layers,
+        "num_attention_heads": config.text_heads,
+        "max_position_embeddings": coder.length,
+        "pad_token_id": tokenizer.pad_token_id,
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
     }
 
 
