@@ -11,7 +11,8 @@ import numpy as np
 import torch
 from diffusers import ModelMixin, SchedulerMixin
 
-from hf_diffusion.convert.glide import networks_from_glide, scheduler_from_glide, tokenizer_from_glide
+from hf_diffusion.convert.glide import networks_from_glide, scheduler_from_glide
+from hf_diffusion.convert.glide_text import tokenizer_from_glide
 from hf_diffusion.convert.nvlabs import (
     discriminator_from_nvlabs,
     discriminator_to_nvlabs,

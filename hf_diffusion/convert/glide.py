@@ -8,19 +8,16 @@ n_vocab + i is padding at position i, which `TextToImagePipeline` puts there (`p
 A checkpoint tells its sizes. Beware: the number of heads leaves no trace in the weights.
 """
 
-import gzip
-import json
 import re
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import UNet2DConditionModel
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 from torch import Tensor
-from transformers import PreTrainedTokenizerFast, SiglipTextConfig, SiglipTextModel
+from transformers import SiglipTextModel
 
+from hf_diffusion.convert.glide_text import fill, known, take_layer, take_stacked, text_model_from_glide
 from hf_diffusion.schedulers.scheduling_gaussian import LinearDDPMScheduler
 
 
@@ -41,15 +38,6 @@ OUTSIDE = {
     "conv_norm_out": "out.0",
     "conv_out": "out.2",
 }
-# transformers' name -> theirs, inside a layer of the text transformer
-TEXT_LAYER = {
-    "layer_norm1": "ln_1",
-    "self_attn.out_proj": "attn.c_proj",
-    "layer_norm2": "ln_2",
-    "mlp.fc1": "mlp.c_fc",
-    "mlp.fc2": "mlp.c_proj",
-}
-TOKENIZER_FILES = ("encoder.json", "vocab.bpe")
 
 
 def networks_from_glide(
@@ -69,7 +57,7 @@ def networks_from_glide(
     state = {name: tensor.float() for name, tensor in state.items()}
     left = dict(state)
     unet = _unet_from_glide(left, image_size, num_head_channels, dropout)
-    encoder = _text_model_from_glide(left, xf_heads)
+    encoder = text_model_from_glide(left, xf_heads)
     if left:
         raise ValueError(f"the checkpoint holds {len(left)} tensors that GLIDE does not have, such as {min(left)}")
     return unet, encoder
@@ -91,69 +79,6 @@ def scheduler_from_glide(
     )
 
 
-def tokenizer_from_glide(folder: Path, vocab_size: int, length: int) -> PreTrainedTokenizerFast:
-    """The byte-pair encoding of glide_text2im/tokenizer, of lower-case texts.
-
-    `folder` holds encoder.json and vocab.bpe, gzipped (.gz) or not. Raises ValueError where they
-    are not, or not for `vocab_size` tokens.
-    """
-    try:
-        vocabulary = json.loads(_read_text(folder, TOKENIZER_FILES[0]))
-        # The first line is a version.
-        lines = _read_text(folder, TOKENIZER_FILES[1]).split("\n")[1:]
-        if len(vocabulary) != vocab_size:
-            raise ValueError(f"it has {len(vocabulary)} tokens, and the checkpoint {vocab_size}")
-        model = models.BPE(vocabulary, [tuple(line.split()) for line in lines if line])
-    except Exception as error:  # BPE raises Exception itself
-        raise ValueError(
-            f"--tokenizer {folder} must be the folder glide_text2im/tokenizer of glide-text2im, with "
-            f"{' and '.join(TOKENIZER_FILES)}, or those with .gz: {error}"
-        ) from error
-    tokenizer = Tokenizer(model)
-    tokenizer.normalizer = normalizers.Lowercase()
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    end = max(vocabulary, key=vocabulary.get)
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token=end, eos_token=end, model_max_length=length, padding_side="right"
-    )
-
-
-def _read_text(folder: Path, name: str) -> str:
-    packed = folder / f"{name}.gz"
-    content = gzip.decompress(packed.read_bytes()) if packed.is_file() else (folder / name).read_bytes()
-    return content.decode("utf-8")
-
-
-def _take(left: dict[str, Tensor], name: str) -> Tensor:
-    """A tensor of the checkpoint, which then is no longer left."""
-    if name not in left:
-        raise ValueError(
-            f"the checkpoint has no {name}, which a Text2ImUNet of glide-text2im has (with xf_padding, xf_final_ln "
-            "and resblock_updown)"
-        )
-    return left.pop(name)
-
-
-def _take_layer(left: dict[str, Tensor], ours: str, theirs: str) -> dict[str, Tensor]:
-    return {f"{ours}.{kind}": _take(left, f"{theirs}.{kind}") for kind in ("weight", "bias")}
-
-
-def _take_stacked(left: dict[str, Tensor], theirs: str, names: tuple[str, ...], heads: int) -> dict[str, Tensor]:
-    """Parts of a linear map whose rows are interleaved, [q_0, k_0, v_0, q_1, ...] by heads."""
-    state = {}
-    for kind in ("weight", "bias"):
-        # of a convolution over positions (O, I, 1), or of a linear map (O, I)
-        rows = _take(left, f"{theirs}.{kind}")
-        rows = rows.reshape(len(rows), -1) if kind == "weight" else rows
-        parts = rows.reshape(heads, len(names), -1, *rows.shape[1:]).unbind(1)  # each (heads, C / heads, ...)
-        state |= {f"{name}.{kind}": part.flatten(0, 1) for name, part in zip(names, parts)}
-    return state
-
-
-# --- the U-Net ----------------------------------------------------------------------------------
-
-
 def _levels(state: Mapping[str, Tensor]) -> tuple[int, list[int], list[bool]]:
     """Residual blocks of a level of the encoder; each level's width, and whether it attends.
 
@@ -169,7 +94,7 @@ def _levels(state: Mapping[str, Tensor]) -> tuple[int, list[int], list[bool]]:
     if total % per_level or len(ends) != total // per_level - 1:
         raise ValueError("the checkpoint has no residual blocks that change the sides (resblock_updown), as GLIDE has")
     firsts = range(total - per_level, -1, -per_level)
-    widths = [len(_known(state, f"output_blocks.{first}.0.out_layers.3.weight")) for first in firsts]
+    widths = [len(known(state, f"output_blocks.{first}.0.out_layers.3.weight")) for first in firsts]
     return per_level - 1, widths, [f"output_blocks.{first}.1.qkv.weight" in state for first in firsts]
 
 
@@ -177,7 +102,7 @@ def _unet_settings(state: Mapping[str, Tensor], num_head_channels: int) -> dict[
     """What the checkpoint tells of the UNet2DConditionModel."""
     layers, widths, attends = _levels(state)
     model_channels, text_width = state["time_embed.0.weight"].shape[1], state["token_embedding.weight"].shape[1]
-    modulation = len(_known(state, "output_blocks.0.0.emb_layers.1.weight"))
+    modulation = len(known(state, "output_blocks.0.0.emb_layers.1.weight"))
     # The middle always attends.
     heads = {width for width, attend in zip(widths, attends) if attend} | {widths[-1]}
     refused = {
@@ -195,8 +120,8 @@ def _unet_settings(state: Mapping[str, Tensor], num_head_channels: int) -> dict[
     down = ["SimpleCrossAttnDownBlock2D" if here else "ResnetDownsampleBlock2D" for here in attends]
     up = ["SimpleCrossAttnUpBlock2D" if here else "ResnetUpsampleBlock2D" for here in reversed(attends)]
     return {
-        "in_channels": _known(state, "input_blocks.0.0.weight").shape[1],
-        "out_channels": len(_known(state, "out.2.weight")),
+        "in_channels": known(state, "input_blocks.0.0.weight").shape[1],
+        "out_channels": len(known(state, "out.2.weight")),
         "block_out_channels": tuple(widths),
         "layers_per_block": layers,
         "down_block_types": tuple(down),
@@ -210,10 +135,6 @@ def _unet_settings(state: Mapping[str, Tensor], num_head_channels: int) -> dict[
     }
 
 
-def _known(state: Mapping[str, Tensor], name: str) -> Tensor:
-    return _take(dict(state), name)
-
-
 @torch.no_grad()
 def _unet_from_glide(
     left: dict[str, Tensor], image_size: int, num_head_channels: int, dropout: float
@@ -222,15 +143,15 @@ def _unet_from_glide(
     unet = UNet2DConditionModel(sample_size=image_size, dropout=dropout, **settings)
     state = {}
     for ours, theirs in OUTSIDE.items():
-        state |= _take_layer(left, ours, theirs)
+        state |= take_layer(left, ours, theirs)
     for ours, theirs in blocks_of(settings):
         if ".attentions." in ours:
             state |= _take_attention(left, ours, theirs, num_head_channels)
             continue
         for layer, other in RES_BLOCK.items():
             if layer != "conv_shortcut" or f"{theirs}.{other}.weight" in left:
-                state |= _take_layer(left, f"{ours}.{layer}", f"{theirs}.{other}")
-    _fill(unet, state)
+                state |= take_layer(left, f"{ours}.{layer}", f"{theirs}.{other}")
+    fill(unet, state)
     return unet.eval()
 
 
@@ -256,67 +177,10 @@ def blocks_of(settings: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 
 def _take_attention(left: dict[str, Tensor], ours: str, theirs: str, head_channels: int) -> dict[str, Tensor]:
-    state = _take_layer(left, f"{ours}.group_norm", f"{theirs}.norm")
+    state = take_layer(left, f"{ours}.group_norm", f"{theirs}.norm")
     heads = len(state[f"{ours}.group_norm.weight"]) // head_channels
     own, added = ("to_q", "to_k", "to_v"), ("add_k_proj", "add_v_proj")
-    state |= _take_stacked(left, f"{theirs}.qkv", tuple(f"{ours}.{name}" for name in own), heads)
-    state |= _take_stacked(left, f"{theirs}.encoder_kv", tuple(f"{ours}.{name}" for name in added), heads)
-    out = _take_layer(left, f"{ours}.to_out.0", f"{theirs}.proj_out")
+    state |= take_stacked(left, f"{theirs}.qkv", tuple(f"{ours}.{name}" for name in own), heads)
+    state |= take_stacked(left, f"{theirs}.encoder_kv", tuple(f"{ours}.{name}" for name in added), heads)
+    out = take_layer(left, f"{ours}.to_out.0", f"{theirs}.proj_out")
     return state | {name: tensor[..., 0] if tensor.ndim == 3 else tensor for name, tensor in out.items()}
-
-
-def _fill(model: torch.nn.Module, state: Mapping[str, Tensor]) -> None:
-    try:
-        model.load_state_dict(state)
-    except RuntimeError as error:
-        reason = " ".join(str(error).split())
-        raise ValueError(f"the checkpoint does not fit the network that its sizes tell of: {reason[:300]}") from error
-
-
-# --- the text transformer -----------------------------------------------------------------------
-
-
-@torch.no_grad()
-def _text_model_from_glide(left: dict[str, Tensor], heads: int) -> SiglipTextModel:
-    tokens, positions = _take(left, "token_embedding.weight"), _take(left, "positional_embedding")
-    padding = _take(left, "padding_embedding")
-    (length, width), vocab_size = positions.shape, len(tokens)
-    if heads < 1 or width % heads:
-        raise ValueError(
-            f"xf_heads {heads} does not divide the {width} features of the text transformer; give the one that it was "
-            "trained with"
-        )
-    layers = 1 + max(int(name.split(".")[2]) for name in left if name.startswith("transformer.resblocks."))
-    config = SiglipTextConfig(
-        vocab_size=vocab_size + length,
-        hidden_size=width,
-        intermediate_size=len(_known(left, "transformer.resblocks.0.mlp.c_fc.weight")),
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        max_position_embeddings=length,
-        hidden_act="gelu",
-        layer_norm_eps=1e-5,
-        projection_size=width,
-        pad_token_id=vocab_size,
-        bos_token_id=None,
-        eos_token_id=vocab_size - 1,
-    )
-    model = SiglipTextModel(config)
-    state = {
-        # The model adds the position's embedding, which the padding of theirs does not have.
-        "embeddings.token_embedding.weight": torch.cat([tokens, padding - positions]),
-        "embeddings.position_embedding.weight": positions,
-        # `pooler_output` is the last state itself.
-        "head.weight": torch.eye(width),
-        "head.bias": torch.zeros(width),
-    } | _take_layer(left, "final_layer_norm", "final_ln")
-    for layer in range(layers):
-        ours, theirs = f"encoder.layers.{layer}", f"transformer.resblocks.{layer}"
-        names = tuple(f"{ours}.self_attn.{name}_proj" for name in "qkv")
-        state |= _take_stacked(left, f"{theirs}.attn.c_qkv", names, heads)
-        for name, other in TEXT_LAYER.items():
-            state |= _take_layer(left, f"{ours}.{name}", f"{theirs}.{other}")
-    # Versions of transformers differ in whether the model has this part.
-    prefix = "text_model." if next(iter(model.state_dict())).startswith("text_model.") else ""
-    _fill(model, {prefix + name: tensor for name, tensor in state.items()})
-    return model.eval()

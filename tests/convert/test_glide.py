@@ -16,7 +16,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from hf_diffusion import TextToImagePipeline, cli
-from hf_diffusion.convert.glide import networks_from_glide, scheduler_from_glide, tokenizer_from_glide
+from hf_diffusion.convert.glide import networks_from_glide, scheduler_from_glide
+from hf_diffusion.convert.glide_text import tokenizer_from_glide
 from tests.launching import run_claims
 
 
