@@ -36,8 +36,8 @@ class TextToImagePipeline(SamplingMixin, SelfContainedMixin, DiffusionPipeline):
     Args:
         unet: called as `unet(sample, timestep, encoder_hidden_states=..., class_labels=...)`, with
             the last states of the text encoder (B, L, D), 0 at padding, and their mean over the
-            tokens (B, D), which joins the embedding of the timestep. out_channels is C, or 2 C for
-            a learned variance.
+            tokens (B, D), which joins the embedding of the timestep (see `padding_id`).
+            out_channels is C, or 2 C for a learned variance.
         text_encoder: any that gives `last_hidden_state`: CLIPTextModel, T5EncoderModel, BertModel.
         tokenizer: its own, which pads on the right.
         scheduler: any diffusers scheduler of the process that the U-Net was trained on.
@@ -49,6 +49,10 @@ class TextToImagePipeline(SamplingMixin, SelfContainedMixin, DiffusionPipeline):
             same schedule.
         clip_tokenizer: its own.
         vae: an autoencoder of diffusers, which decodes what the network draws; None draws samples.
+        padding_id: of encoders that read padding as a text's part, as GLIDE's: the number of the
+            token for padding at position 0, which those for the other positions follow. States at
+            padding are kept then, and the last state stands in for the mean. None: the mean.
+        empty_text: whether the model has learned the empty text, from which guidance leads away.
     """
 
     model_cpu_offload_seq = "text_encoder->unet->vae"
@@ -77,6 +81,8 @@ class TextToImagePipeline(SamplingMixin, SelfContainedMixin, DiffusionPipeline):
         clip: ModelMixin | None = None,
         clip_tokenizer: PreTrainedTokenizerBase | None = None,
         vae: ModelMixin | None = None,
+        padding_id: int | None = None,
+        empty_text: bool = True,
     ):
         super().__init__()
         self.register_modules(
@@ -90,6 +96,7 @@ class TextToImagePipeline(SamplingMixin, SelfContainedMixin, DiffusionPipeline):
         )
         self.register_id2label(id2label)
         self.register_to_config(text_length=text_length, caption_template=caption_template, examples=examples)
+        self.register_to_config(padding_id=padding_id, empty_text=empty_text)
 
     @property
     def num_classes(self) -> int | None:
@@ -114,7 +121,12 @@ class TextToImagePipeline(SamplingMixin, SelfContainedMixin, DiffusionPipeline):
         """Arguments of a call that draws a few samples."""
         prompts = self.example_prompts[:SHOWN_SAMPLES]
         what = {"prompt": prompts} if prompts else super().example_call()
-        return {**what, "num_inference_steps": min(50, self.scheduler.config.num_train_timesteps)}
+        steps = min(50, self.scheduler.config.num_train_timesteps)
+        return {**what, "num_inference_steps": steps, **self.default_options()}
+
+    def default_options(self) -> dict[str, Any]:
+        """The values of options of a call that follow from the model where they are not given."""
+        return {"guidance_scale": 2.0 if self.config.empty_text else 1.0}
 
     # --- texts ----------------------------------------------------------------------------------
 
@@ -157,7 +169,8 @@ class TextToImagePipeline(SamplingMixin, SelfContainedMixin, DiffusionPipeline):
     def encode_prompts(self, prompts: list[str]) -> tuple[Tensor, Tensor]:
         """The encoder's last states (B, L, D), 0 at padding, and their mean over tokens (B, D).
 
-        Equal texts are encoded once. What is longer than `text_length` tokens is cut and told.
+        With a `padding_id` all states, and the last of them. Equal texts are encoded once. What is
+        longer than `text_length` tokens is cut and told.
         """
         unique = list(dict.fromkeys(prompts))
         length = self.config.text_length
@@ -166,23 +179,35 @@ class TextToImagePipeline(SamplingMixin, SelfContainedMixin, DiffusionPipeline):
                 logger.warning("the prompt %r has %s tokens; those after %s are cut", text, len(ids), length)
         options = {"padding": "max_length", "truncation": True, "max_length": length, "return_tensors": "pt"}
         tokens = self.tokenizer(unique, **options).to(self._execution_device)
-        mask = tokens.get("attention_mask", torch.ones_like(tokens["input_ids"]))
+        ids, mask = tokens["input_ids"], tokens.get("attention_mask", torch.ones_like(tokens["input_ids"]))
+        padding_id = self.config.padding_id
+        if padding_id is not None:
+            paddings = padding_id + torch.arange(length, device=ids.device)
+            ids, mask = torch.where(mask == 1, ids, paddings), torch.ones_like(mask)
         # one at a time, so that a text's states depend on no other in their last digits
         states = [
-            self.text_encoder(input_ids=ids[None], attention_mask=own[None]).last_hidden_state
-            for ids, own in zip(tokens["input_ids"], mask)
+            self.text_encoder(input_ids=row[None], attention_mask=own[None]).last_hidden_state
+            for row, own in zip(ids, mask)
         ]
         states = torch.cat(states) * mask[..., None].to(states[0].dtype)
         means = states.sum(1) / mask.sum(1, keepdim=True).clamp(min=1).to(states.dtype)
+        pooled = means if padding_id is None else states[:, -1]
         rows = torch.tensor([unique.index(text) for text in prompts], device=states.device)
-        return states[rows], means[rows]
+        return states[rows], pooled[rows]
 
     # --- the run --------------------------------------------------------------------------------
 
-    def check_guidance(self, guidance_scale: float, guidance_rescale: float, dynamic_threshold: float | None) -> None:
+    def check_guidance(
+        self, guidance_scale: float, guidance_rescale: float, dynamic_threshold: float | None, negatives: list[str]
+    ) -> None:
         """Raise ValueError, with what is allowed, for guidance that cannot be."""
         if not math.isfinite(guidance_scale):
             raise ValueError(f"guidance_scale must be a finite number, not {guidance_scale!r}; 1 does not guide")
+        if guidance_scale != 1 and not self.config.empty_text and "" in negatives:
+            raise ValueError(
+                f"guidance_scale={guidance_scale} leads away from the empty text, which this model has never seen "
+                "(label_dropout 0 in its training); use guidance_scale=1, or give a negative_prompt"
+            )
         if not 0 <= guidance_rescale <= 1:
             raise ValueError(f"guidance_rescale must be between 0 and 1, not {guidance_rescale!r}")
         if dynamic_threshold is None:
@@ -319,7 +344,7 @@ class TextToImagePipeline(SamplingMixin, SelfContainedMixin, DiffusionPipeline):
         num_images_per_label: int = 1,
         num_inference_steps: int = 50,
         timesteps: list[int] | str | None = None,
-        guidance_scale: float = 2.0,
+        guidance_scale: float | None = None,
         guidance_interval: tuple[float, float] = (0.0, 1.0),
         guidance_rescale: float = 0.0,
         dynamic_threshold: float | None = None,
@@ -347,7 +372,7 @@ class TextToImagePipeline(SamplingMixin, SelfContainedMixin, DiffusionPipeline):
             num_inference_steps: the number of denoising steps.
             timesteps: the steps themselves instead, in the form that `set_timesteps` takes.
             guidance_scale: w in negative + w * (cond - negative); 1 is plain conditional sampling,
-                without a second forward.
+                without a second forward. None is 2, and 1 for a model without the empty text.
             guidance_interval: guide only where t / num_train_timesteps lies in [low, high]; 0 is
                 clean, 1 is pure noise.
             guidance_rescale: phi of arXiv:2305.08891, Eq. 16, between 0 and 1: how far the guided
@@ -378,7 +403,10 @@ class TextToImagePipeline(SamplingMixin, SelfContainedMixin, DiffusionPipeline):
         prompts = self.prepare_prompts(prompt, class_labels, batch_size, num_images_per_prompt, num_images_per_label)
         batch = len(prompts)
         self.check_steps(num_inference_steps, timesteps, eta, guidance_interval)
-        self.check_guidance(guidance_scale, guidance_rescale, dynamic_threshold)
+        if guidance_scale is None:
+            guidance_scale = self.default_options()["guidance_scale"]
+        negatives = self.negative_prompts(negative_prompt, batch)
+        self.check_guidance(guidance_scale, guidance_rescale, dynamic_threshold, negatives)
         self.check_clip(clip_guidance_scale, prompts)
         self.check_common(
             batch,
@@ -390,7 +418,6 @@ class TextToImagePipeline(SamplingMixin, SelfContainedMixin, DiffusionPipeline):
         )
         self._guidance_scale, self._interrupt = guidance_scale, False
         micro_batch_size = micro_batch_size or self.default_micro_batch_size()
-        negatives = self.negative_prompts(negative_prompt, batch)
         states, means = self.encode_prompts([*negatives, *prompts])
         both, texts = (states, means), (states[batch:], means[batch:])
         clip_texts = self.clip_texts(prompts) if clip_guidance_scale > 0 else None
@@ -407,7 +434,7 @@ class TextToImagePipeline(SamplingMixin, SelfContainedMixin, DiffusionPipeline):
                         continue
                     if self.guidance_scale is not guidance_scale:  # a callback has set it
                         guidance_scale = self.guidance_scale
-                        self.check_guidance(guidance_scale, guidance_rescale, dynamic_threshold)
+                        self.check_guidance(guidance_scale, guidance_rescale, dynamic_threshold, negatives)
                     if is_inside[i] and guidance_scale != 1 and prompts != negatives:
                         doubled = self.predict(torch.cat([latents, latents]), t, both, micro_batch_size)
                         negative, output = doubled.chunk(2)  # each (B, C or 2 C, ...)

@@ -176,6 +176,11 @@ def build_autoencoder(config: AutoencoderConfig, data: TrainingData) -> Autoenco
     return AutoencoderKL(**shape, force_upcast=True)
 
 
+def start_network(config: AutoencoderConfig, data: TrainingData) -> AutoencoderKL | VQModel:
+    """A new autoencoder, or that of `init_from`, which checkpoints hold in a `Reconstructor`."""
+    return started_from(config, data, build_autoencoder(config, data), wrapper=(Reconstructor, "autoencoder"))
+
+
 def build_critic(config: AutoencoderConfig, data: TrainingData) -> PatchDiscriminator | None:
     """A critic of images of the data's shape, where one has a weight."""
     if not config.adversarial_weight:
@@ -199,7 +204,7 @@ def build(config: AutoencoderConfig, accelerator: Accelerator, data: TrainingDat
     """The trainer of an autoencoder and its critic; users get the autoencoder."""
     if data.kind != "images":
         raise ValueError(f"{data.name} holds {data.kind}, and this autoencoder is one of images; give images")
-    autoencoder = started_from(config, data, build_autoencoder(config, data))
+    autoencoder = start_network(config, data)
     reconstructor = Reconstructor(autoencoder, config.learned_logvar, config.commitment)
     evaluators, originals = build_evaluators(config, accelerator, data)
     check_best_metric(config, evaluators)

@@ -25,9 +25,10 @@ from hf_diffusion.config.caption_options import CaptionOptions
 from hf_diffusion.config.options import option
 from hf_diffusion.config.run_options import TrainingConfig
 from hf_diffusion.config.shared_options import DataOptions, NoiseScheduleOptions
-from hf_diffusion.data.caption_coders import TokenCoder, fitting_length, train_tokenizer
 from hf_diffusion.data.protocol import TrainingData
+from hf_diffusion.loop.fine_tuning import started_from
 from hf_diffusion.loop.generative import check_best_metric, held_out_loss
+from hf_diffusion.loop.readers import token_coder, trained_clip_reader
 from hf_diffusion.loop.start import run
 from hf_diffusion.loop.trainer import Trainer
 from hf_diffusion.losses.noisy_clip import ContrastOptions, NoisyCaptionObjective
@@ -81,14 +82,15 @@ def build_network(config: CLIPConfig, data: TrainingData, tokenizer: Any, length
 
 def build(config: CLIPConfig, accelerator: Accelerator, data: TrainingData) -> Trainer:
     """The trainer of the towers, which users get with their tokenizer."""
-    texts = data.captions.texts
-    tokenizer = train_tokenizer(texts, config.text_vocabulary, config.text_length)
-    coder = TokenCoder(tokenizer, fitting_length(tokenizer, texts, config.text_length))
-    tokenizer.model_max_length = coder.length
+    former = None if config.init_from is None else trained_clip_reader(config.init_from)
+    coder = token_coder(config, accelerator, data.captions, former)
+    tokenizer = coder.tokenizer
     data.encode_captions(coder)
     # v_prediction, because nothing is predicted here and zero SNR is refused with the default.
     scheduler = LinearDDPMScheduler(**config.noise_schedule(), prediction_type="v_prediction")
-    network = build_network(config, data, tokenizer, coder.length)
+    fresh = build_network(config, data, tokenizer, coder.length)
+    called = {"num_layers": "layers", "num_heads": "heads"}
+    network = started_from(config, data, fresh, config.noise_schedule(), called)
     objective = NoisyCaptionObjective(
         scheduler, network, config.learning_rate, config.contrast_size, coder.fingerprint
     )

@@ -28,16 +28,19 @@ from hf_diffusion.config.shared_options import (
     NoiseScheduleOptions,
     UNetOptions,
 )
-from hf_diffusion.data.caption_coders import (
-    EmbeddingCoder,
-    TokenCoder,
-    fitting_length,
-    load_text_encoder,
-    train_tokenizer,
-)
+from hf_diffusion.data.caption_coders import EmbeddingCoder, TokenCoder, fitting_length, load_text_encoder
 from hf_diffusion.data.protocol import TrainingData
-from hf_diffusion.loop.fine_tuning import started_from
+from hf_diffusion.loop.fine_tuning import Trained, check_process, fitted, take_shape
 from hf_diffusion.loop.generative import generative_trainer
+from hf_diffusion.loop.readers import (
+    shape_of_text_model,
+    shape_of_unet,
+    text_settings,
+    token_coder,
+    trained_unet,
+    trained_unet_reader,
+    unet_settings,
+)
 from hf_diffusion.loop.start import run
 from hf_diffusion.loop.trainer import Trainer
 from hf_diffusion.losses.captioned import CaptionDenoisingObjective, CaptionFlowObjective, ReadingUNet
@@ -90,8 +93,12 @@ class TextToImageConfig(
         "ddim", "scheduler of the grids and of the pipeline of a gaussian process", group="sampling", tied=None
     )
     num_inference_steps: int = option(50, "sampling steps of the grids and of eval_metrics", at_least=1, tied=None)
-    guidance_scale: float = option(
-        2.0, "classifier-free guidance of the grids and of eval_metrics; 1 is none", at_least=0, tied=None
+    guidance_scale: float | None = option(
+        None,
+        "classifier-free guidance of the grids and of eval_metrics; 1 is none, none is 2 where the network learns the "
+        "empty text",
+        at_least=0,
+        tied=None,
     )
 
     def check(self) -> None:
@@ -119,38 +126,11 @@ class TextToImageConfig(
         return tuple(paper for paper, is_used in used.items() if is_used)
 
     def sampling_options(self) -> dict[str, Any]:
-        return {"num_inference_steps": self.num_inference_steps, "guidance_scale": self.guidance_scale}
+        guidance = {} if self.guidance_scale is None else {"guidance_scale": self.guidance_scale}
+        return {"num_inference_steps": self.num_inference_steps, **guidance}
 
     def preset_settings(self, sample_shape: tuple[int, ...]) -> dict[str, Any]:
         return {**super().preset_settings(sample_shape), "patch_size": 1}
-
-
-def unet_settings(config: TextToImageConfig, data: TrainingData, text_width: int) -> dict[str, Any]:
-    """GLIDE's U-Net for the shape of the data: texts are added to the keys and values of its
-    attention, their mean to the embedding of the timestep.
-    """
-    shape = config.unet_shape(data.sample_shape)
-    attends = [2**level in shape["attention_resolutions"] for level in range(len(shape["channel_mult"]))]
-    down = ["SimpleCrossAttnDownBlock2D" if here else "ResnetDownsampleBlock2D" for here in attends]
-    up = ["SimpleCrossAttnUpBlock2D" if here else "ResnetUpsampleBlock2D" for here in reversed(attends)]
-    learned = config.process == "gaussian" and config.learns_variance
-    return {
-        "sample_size": shape["sample_size"],
-        "in_channels": shape["in_channels"],
-        "out_channels": shape["in_channels"] * (2 if learned else 1),
-        "block_out_channels": tuple(int(config.model_channels * m) for m in shape["channel_mult"]),
-        "layers_per_block": config.num_res_blocks,
-        "down_block_types": tuple(down),
-        "mid_block_type": "UNetMidBlock2DSimpleCrossAttn",
-        "up_block_types": tuple(up),
-        "resnet_time_scale_shift": "scale_shift",
-        "attention_head_dim": config.num_head_channels,
-        "norm_num_groups": config.norm_num_groups,
-        "dropout": config.dropout,
-        "cross_attention_dim": text_width,
-        "class_embed_type": "simple_projection",
-        "projection_class_embeddings_input_dim": text_width,
-    }
 
 
 def start_at_identity(unet: UNet2DConditionModel) -> None:
@@ -161,24 +141,20 @@ def start_at_identity(unet: UNet2DConditionModel) -> None:
                 nn.init.zeros_(parameter)
 
 
-def build_reading(config: TextToImageConfig, data: TrainingData) -> tuple[TokenCoder, ReadingUNet]:
-    """A tokenizer of the captions, and a network with an encoder of their tokens."""
-    texts = data.captions.texts
-    tokenizer = train_tokenizer(texts, config.text_vocabulary, config.text_length)
-    coder = TokenCoder(tokenizer, fitting_length(tokenizer, texts, config.text_length))
-    tokenizer.model_max_length = coder.length
-    text = {
-        "vocab_size": len(tokenizer),
-        "hidden_size": config.text_width,
-        "intermediate_size": 4 * config.text_width,
-        "projection_dim": config.text_width,
-        "num_hidden_layers": config.text_layers,
-        "num_attention_heads": config.text_heads,
-        "max_position_embeddings": coder.length,
-        "pad_token_id": tokenizer.pad_token_id,
-        "bos_token_id": tokenizer.bos_token_id,
-        "eos_token_id": tokenizer.eos_token_id,
-    }
+def build_reading(
+    config: TextToImageConfig, data: TrainingData, accelerator: Accelerator
+) -> tuple[TokenCoder, ReadingUNet]:
+    """A tokenizer of the captions, and a network with an encoder of their tokens; of `init_from`,
+    where it names a run."""
+    former = None if config.init_from is None else trained_unet_reader(config.init_from)
+    coder = token_coder(config, accelerator, data.captions, former)
+    if former is not None:
+        network = former.trained.network
+        text = network.text_encoder.config.to_dict()
+        follow(config, former.trained, shape_of_unet(network.unet.config) | shape_of_text_model(text))
+        bound = {"unet_config": unet_settings(config, data, config.text_width), "text_config": text}
+        return coder, fitted(config.init_from, former.trained, bound, None)
+    text = text_settings(config, coder)
     torch.manual_seed(config.seed)
     # By name: diffusers takes positional settings for defaults, and leaves them out of copies.
     network = ReadingUNet(unet_config=unet_settings(config, data, config.text_width), text_config=text)
@@ -186,17 +162,35 @@ def build_reading(config: TextToImageConfig, data: TrainingData) -> tuple[TokenC
     return coder, network
 
 
+def follow(config: TextToImageConfig, trained: Trained, shape: dict[str, Any]) -> None:
+    """Let the run have the shape of the network that it starts from; ValueError where that was
+    trained on another process."""
+    config.is_started = True
+    wanted = {**config.noise_schedule(), "prediction_type": config.prediction_type}
+    check_process(config.init_from, trained.process, {} if config.process == "flow" else wanted)
+    take_shape(config, shape)
+    torch.manual_seed(config.seed)
+
+
 def build_frozen(
-    config: TextToImageConfig, data: TrainingData, device: torch.device
+    config: TextToImageConfig, data: TrainingData, accelerator: Accelerator
 ) -> tuple[EmbeddingCoder, UNet2DConditionModel]:
     """The encoder's embeddings of the captions, and a network that is given them."""
-    coder = EmbeddingCoder(config.text_encoder, config.text_length, device)
-    coder.length = fitting_length(coder.tokenizer, data.captions.texts, config.text_length)
+    captions, coder = data.captions, EmbeddingCoder(config.text_encoder, config.text_length, accelerator.device)
+    coder.length = fitting_length(coder.tokenizer, captions.texts, config.text_length, captions.whole)
+    if not captions.whole:
+        accelerator.print(
+            "the embeddings of a stream's captions are not cached: the encoder stays in memory and reads each batch"
+        )
     width = coder.rows_of([""])(torch.tensor([0]))["class_labels"].shape[1]
+    if config.init_from is not None:
+        trained = trained_unet(config.init_from)
+        follow(config, trained, shape_of_unet(trained.network.config))
+        return coder, fitted(config.init_from, trained, unet_settings(config, data, width), None)
     torch.manual_seed(config.seed)
     network = UNet2DConditionModel(**unet_settings(config, data, width))
     start_at_identity(network)
-    return coder, started_from(config, data, network)
+    return coder, network
 
 
 def build_scheduler(
@@ -233,9 +227,15 @@ def build_objective(
 def build(config: TextToImageConfig, accelerator: Accelerator, data: TrainingData) -> Trainer:
     """The trainer of a network, which users get with the encoder of texts and its tokenizer."""
     is_frozen = config.text_encoder != SCRATCH
+    empty_text = config.label_dropout > 0 or data.captions.has_empty
+    if not empty_text and config.guidance_scale not in (None, 1):
+        raise ValueError(
+            f"guidance_scale {config.guidance_scale} leads away from the empty text, which a network with "
+            "label_dropout 0 never sees; give guidance_scale 1, or a label_dropout"
+        )
     # One process computes the embeddings, the others find them in the cache.
     with accelerator.main_process_first():
-        coder, network = build_frozen(config, data, accelerator.device) if is_frozen else build_reading(config, data)
+        coder, network = (build_frozen if is_frozen else build_reading)(config, data, accelerator)
         data.encode_captions(coder)
     objective = build_objective(config, accelerator, network, coder)
     names = dict(enumerate(data.class_names)) if config.caption_template else None
@@ -245,6 +245,7 @@ def build(config: TextToImageConfig, accelerator: Accelerator, data: TrainingDat
         "caption_template": config.caption_template[0] if config.caption_template else "{}",
         "examples": data.captions.examples(EXAMPLES),
         "vae": data.autoencoder,
+        "empty_text": empty_text,
     }
 
     def pipeline(network: nn.Module) -> TextToImagePipeline:

@@ -59,7 +59,9 @@ def draw_pictures(
         copied = NearestImages(None, sentence_of_copies(samples, data))
         return Pictures(draw_texts(folder, pipe, data, seed, options), copied)
     captions: dict[str, str] = {}
-    is_guided = getattr(pipe, "example_prompts", None) or getattr(pipe, "null_class_id", None) is not None
+    # Of texts and of classes; guidance leads away from none of them.
+    has_empty = getattr(pipe, "example_prompts", None) and pipe.config.get("empty_text", True)
+    is_guided = has_empty or getattr(pipe, "null_class_id", None) is not None
     if is_guided and "guidance_scale" in sampling_options(pipe):
         captions["samples/guidance.png"] = _guidance(pipe, data, seed, options, folder / "samples/guidance.png")
     if "x_0" in getattr(pipe, "_callback_tensor_inputs", ()):

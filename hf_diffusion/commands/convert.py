@@ -17,6 +17,7 @@ class ConvertCommand(Command):
     flags of their scripts; --to openai: write model.pt and flags.json for it.
     --from nvlabs: read netG_<epoch>.pth or content.pth of NVlabs' denoising-diffusion-gan with the
     flags of its train_ddgan.py; --to nvlabs: write netG.pth and flags.json for it.
+    --from glide: read base.pt of OpenAI's glide-text2im, with the folder of its tokenizer.
     """
 
     source: str = option(help="folder or repository of a pipeline; the file of a checkpoint", positional=True)
@@ -24,7 +25,7 @@ class ConvertCommand(Command):
     to: Literal["diffusers", "nvlabs", "openai"] | None = option(
         None, "whose classes or files to write", group="convert"
     )
-    from_: Literal["openai", "nvlabs"] | None = option(None, "whose checkpoint to read")
+    from_: Literal["glide", "openai", "nvlabs"] | None = option(None, "whose checkpoint to read")
     class_label: str = option(
         "auto",
         "with --to diffusers: number or name of the class that the stock pipeline samples, or none for the null "
@@ -34,13 +35,24 @@ class ConvertCommand(Command):
         "",
         "with --from: the flags of their script, as in '--image_size 64 --class_cond True'; with --from nvlabs also a "
         ".json or .yaml file of them, and nothing for content.pth, which carries its own; with --from openai also the "
-        "flags.json of --to openai",
+        "flags.json of --to openai; with --from glide nothing for the released models",
+    )
+    tokenizer: Path | None = option(
+        None,
+        "with --from glide: the folder glide_text2im/tokenizer of its code, with encoder.json.gz and vocab.bpe.gz",
     )
 
     def validate(self) -> None:
-        """ValueError unless one direction is given."""
+        """ValueError unless one direction is given, and the tokenizer where it belongs to it."""
         if (self.to is None) == (self.from_ is None):
             raise ValueError("give either --to, to write for others, or --from, to read what others wrote")
+        if self.from_ == "glide" and self.tokenizer is None:
+            raise ValueError(
+                "--from glide without --tokenizer has no way to read a prompt, since the checkpoint holds no "
+                "tokenizer; give the folder glide_text2im/tokenizer of glide-text2im"
+            )
+        if self.from_ != "glide" and self.tokenizer is not None:
+            raise ValueError(f"--tokenizer {self.tokenizer} goes with --from glide only; leave it out")
 
     def run(self) -> None:
         """Convert, and print what was made."""
@@ -55,6 +67,8 @@ class ConvertCommand(Command):
             folders.write_for_nvlabs(self.source, self.output)
         elif self.to == "openai":
             folders.write_for_openai(self.source, self.output)
+        elif self.from_ == "glide":
+            folders.write_from_glide(Path(self.source), self.output, self.flags, self.tokenizer)
         elif self.from_ == "nvlabs":
             folders.write_from_nvlabs(Path(self.source), self.output, self.flags)
         else:

@@ -24,6 +24,14 @@ class CaptionOptions:
         repeatable=True,
         tied=None,
     )
+    # They are read before the first step, with their images, where these lie in the same file.
+    caption_rows: int = option(
+        5000,
+        "first rows of a stream whose captions train the tokenizer of an encoder from scratch, and are counted and "
+        "shown",
+        at_least=1,
+        tied=None,
+    )
     text_length: int = option(
         64, "tokens that a text has at most; longer ones are cut, and counted", at_least=4, group="text encoder"
     )
@@ -46,4 +54,5 @@ class CaptionOptions:
     def data_arguments(self) -> dict[str, Any]:
         """The arguments of `load_data` for the data of this run, with captions."""
         captions = {"caption_column": self.caption_column, "caption_templates": self.caption_template}
+        captions["caption_rows"] = self.caption_rows
         return {**super().data_arguments(), "captioned": True, **captions}

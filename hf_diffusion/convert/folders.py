@@ -11,6 +11,8 @@ import numpy as np
 import torch
 from diffusers import ModelMixin, SchedulerMixin
 
+from hf_diffusion.convert.glide import networks_from_glide, scheduler_from_glide
+from hf_diffusion.convert.glide_text import tokenizer_from_glide
 from hf_diffusion.convert.nvlabs import (
     discriminator_from_nvlabs,
     discriminator_to_nvlabs,
@@ -36,6 +38,7 @@ from hf_diffusion.models.ncsnpp_ddgan import DDGANDiscriminator
 from hf_diffusion.models.unet_adm import ADMClassifier, ADMUNet2DModel
 from hf_diffusion.pipelines.pipeline_classifier_free_guidance import ClassifierFreeGuidancePipeline
 from hf_diffusion.pipelines.pipeline_ddgan import DDGANPipeline
+from hf_diffusion.pipelines.pipeline_text_to_image import TextToImagePipeline
 from hf_diffusion.sampling.drawing import draw_floats
 from hf_diffusion.schedulers.scheduling_gaussian import CosineDDPMScheduler, LinearDDPMScheduler
 
@@ -159,6 +162,32 @@ def write_for_nvlabs(source: str, output: Path) -> None:
     print(f"{output}: netG.pth with {len(state)} tensors, and flags.json with the flags that build its network")
 
 
+def write_from_glide(checkpoint: Path, output: Path, flags: str, tokenizer_folder: Path) -> None:
+    """Write the base model of OpenAI's glide-text2im as a pipeline of stock parts.
+
+    `flags` are arguments of `networks_from_glide` and `scheduler_from_glide`, where they are not
+    those of the released models. ValueError for the models that no pipeline here draws with.
+    """
+    given = parse_flags(flags)
+    network_flags, process_flags = _typed(given, networks_from_glide), _typed(given, scheduler_from_glide)
+    unet, encoder = networks_from_glide(read_openai_checkpoint(checkpoint), **network_flags)
+    if (channels := unet.config.in_channels) != 3:
+        kind = {6: "upsampling", 7: "inpainting", 10: "upsampling and inpainting"}.get(channels, "another use")
+        raise ValueError(
+            f"{checkpoint} takes {channels} channels, as GLIDE's model for {kind} does, and no pipeline here draws "
+            "with that; give base.pt, or take its networks alone by hf_diffusion.convert.glide.networks_from_glide"
+        )
+    length = encoder.config.max_position_embeddings
+    padding_id = encoder.config.vocab_size - length
+    tokenizer = tokenizer_from_glide(tokenizer_folder, padding_id, length)
+    scheduler, texts = scheduler_from_glide(**process_flags), {"text_length": length, "padding_id": padding_id}
+    TextToImagePipeline(unet, encoder, tokenizer, scheduler, **texts).save_pretrained(output)
+    print(
+        f"{output}: TextToImagePipeline of a {type(unet).__name__} and a {type(encoder).__name__} from {checkpoint}"
+        f"{_unused(set(given) - set(network_flags) - set(process_flags))}"
+    )
+
+
 def _unused(flags: set[str]) -> str:
     return f"; these flags do not concern it: {', '.join(sorted(flags))}" if flags else ""
 
@@ -176,8 +205,11 @@ def _typed(given: dict[str, str], function: Callable) -> dict[str, Any]:
     values = {}
     for name, parameter in inspect.signature(function).parameters.items():
         if name in given:
-            kind = type(parameter.default)
-            values[name] = given[name].lower() in ("true", "yes", "1") if kind is bool else kind(given[name])
+            kind, value = type(parameter.default), given[name]
+            try:
+                values[name] = value.lower() in ("true", "yes", "1") if kind is bool else kind(value)
+            except ValueError:
+                raise ValueError(f"--flags: {name} must be a number, not {value!r}") from None
     return values
 
 

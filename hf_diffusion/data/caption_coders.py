@@ -9,6 +9,7 @@ import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -63,10 +64,11 @@ def tokenized(tokenizer: Any, texts: Sequence[str], length: int) -> tuple[Tensor
     return tokens["input_ids"], tokens.get("attention_mask", torch.ones_like(tokens["input_ids"]))
 
 
-def fitting_length(tokenizer: Any, texts: Sequence[str], longest: int) -> int:
+def fitting_length(tokenizer: Any, texts: Sequence[str], longest: int, whole: bool = True) -> int:
     """As many tokens as the longest text has, at most `longest`.
 
-    A multiple of 8, and at least 16, so that there is room for a prompt of other words.
+    A multiple of 8, and at least 16, so that there is room for a prompt of other words. `longest`
+    itself where the texts are not the whole of those that will come.
     """
     counts = [len(ids) for ids in tokenizer(list(texts), truncation=False, verbose=False)["input_ids"]]
     limit = min(longest, tokenizer.model_max_length)
@@ -78,7 +80,7 @@ def fitting_length(tokenizer: Any, texts: Sequence[str], longest: int) -> int:
             *(f"{number:,}" for number in (len(cut), len(texts), limit)),
             texts[cut[0]],
         )
-    return min(limit, max(16, -(-max(counts) // 8) * 8))
+    return min(limit, max(16, -(-max(counts) // 8) * 8)) if whole else limit
 
 
 class TokenCoder:
@@ -92,13 +94,18 @@ class TokenCoder:
         ids, mask = (part.int() for part in tokenized(self.tokenizer, texts, self.length))
         return lambda numbers: {"input_ids": ids[numbers].long(), "attention_mask": mask[numbers].long()}
 
+    def conditions_of(self, texts: Sequence[str]) -> dict[str, Tensor]:
+        ids, mask = tokenized(self.tokenizer, texts, self.length)
+        return {"input_ids": ids, "attention_mask": mask}
+
 
 class EmbeddingCoder:
     """Conditions by a frozen encoder: "encoder_hidden_states" (B, L, D) and their mean (B, D).
 
     Padding has zeros. The mean is called "class_labels", as UNet2DConditionModel calls what joins
     the embedding of the timestep. They are computed once and kept in a file, in float16, by the
-    fingerprints of the encoder and the texts. `source` is a folder or a Hub id.
+    fingerprints of the encoder and the texts, but for those of a stream. `source` is a folder or a
+    Hub id.
     """
 
     def __init__(self, source: str, length: int, device: torch.device | str = "cpu"):
@@ -127,12 +134,29 @@ class EmbeddingCoder:
 
         return rows
 
+    @cached_property
+    def encoder(self) -> transformers.PreTrainedModel:
+        """The encoder, in memory from its first use on."""
+        return load_text_encoder(self.source).to(self.device)
+
     @torch.no_grad()
-    def _encode(self, texts: Sequence[str], path: Path, places: Path) -> None:
-        """Write the embeddings of the tokens that are no padding, the shortest texts first."""
+    def conditions_of(self, texts: Sequence[str]) -> dict[str, Tensor]:
+        unique = list(dict.fromkeys(texts))
+        ids, mask = (part.to(self.device) for part in self._tokenized(unique))
+        hidden, mean = masked(self.encoder(input_ids=ids, attention_mask=mask).last_hidden_state.float(), mask)
+        rows = torch.tensor([unique.index(text) for text in texts])
+        return {"encoder_hidden_states": hidden.cpu()[rows], "class_labels": mean.cpu()[rows]}
+
+    def _tokenized(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
         ids, mask = tokenized(self.tokenizer, texts, self.length)
         if (mask.diff(dim=1) > 0).any():
             raise ValueError(f"the tokenizer of {self.source} pads on the left; give one that pads on the right")
+        return ids, mask
+
+    @torch.no_grad()
+    def _encode(self, texts: Sequence[str], path: Path, places: Path) -> None:
+        """Write the embeddings of the tokens that are no padding, the shortest texts first."""
+        ids, mask = self._tokenized(texts)
         counts = mask.sum(1)
         order = counts.argsort(stable=True)
         starts = torch.zeros_like(counts)
@@ -152,6 +176,12 @@ class EmbeddingCoder:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_whole(places, lambda file: np.save(file, torch.stack([starts, counts]).numpy()))
         write_whole(path, write)
+
+
+def masked(hidden: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """States (B, L, D) with 0 at padding, and their mean over the tokens (B, D)."""
+    hidden = hidden * mask[..., None].to(hidden.dtype)
+    return hidden, hidden.sum(1) / mask.sum(1, keepdim=True).clamp(min=1)
 
 
 def cache_folder() -> Path:

@@ -2,7 +2,8 @@
 
 import hashlib
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, Protocol
+from functools import cached_property
+from typing import Any, ClassVar, Protocol
 
 import datasets
 import numpy as np
@@ -14,8 +15,9 @@ from hf_diffusion.data.listing import counted
 from hf_diffusion.data.selection import evenly_spaced
 
 
-# Columns that are taken for captions without being asked for, the first one that is there.
-USUAL_COLUMNS = ("text", "caption", "captions", "prompt")
+# Columns that are taken for captions without being asked for, the first one that is there. "txt" is
+# what webdatasets on the Hub have.
+USUAL_COLUMNS = ("text", "caption", "captions", "prompt", "txt")
 # Where a template has the name of the class.
 PLACE = "{}"
 SHOWN = 3
@@ -27,6 +29,9 @@ class CaptionCoder(Protocol):
     def rows_of(self, texts: Sequence[str]) -> Callable[[Tensor], dict[str, Tensor]]:
         """A function from numbers of texts, int64 (B,), to conditions by the network's names."""
 
+    def conditions_of(self, texts: Sequence[str]) -> dict[str, Tensor]:
+        """The conditions of texts that come with a batch, of which nothing is kept."""
+
 
 class Captions:
     """Which captions each image has, of `texts`, all the different ones in order of appearance.
@@ -34,6 +39,9 @@ class Captions:
     texts[0] is "", what an image without a caption has. `numbers` int64 are the captions of all
     images, one image after the other. Those of image i begin at `starts[i]`.
     """
+
+    # No image has another caption than `texts`.
+    whole: ClassVar[bool] = True
 
     def __init__(self, of_each: Iterable[Sequence[str]], seed: int = 0):
         known, numbers, counts = {"": 0}, [], []
@@ -55,6 +63,11 @@ class Captions:
         """The images without any caption."""
         return np.flatnonzero(self.numbers[self.starts] == 0).tolist()
 
+    @property
+    def has_empty(self) -> bool:
+        """Whether some image has the empty text."""
+        return bool(self.missing)
+
     def digest(self) -> bytes:
         """Tells other captions apart."""
         digest = hashlib.sha256("\n".join(self.texts).encode())
@@ -72,9 +85,87 @@ class Captions:
             "examples": self.examples(SHOWN),
         }
 
+    def sentence(self, kind: str) -> str:
+        """What `describe` says, in words."""
+        found = self.describe()
+        return (
+            f"{found['images_with_a_caption']:,} of {len(self.counts):,} {kind} have some, "
+            f"{found['captions_an_image']} each, {found['different_captions']:,} different ones, as "
+            f"{', '.join(map(repr, found['examples']))}"
+        )
+
     def examples(self, count: int) -> list[str]:
         """Evenly spaced ones of the different captions."""
-        return [self.texts[1 + place] for place in evenly_spaced(len(self.texts) - 1, count)]
+        return _some_of(self.texts, count)
+
+
+class StreamedCaptions:
+    """Captions that come with the rows of a stream.
+
+    `texts` are the different ones of its first `rows` rows, which are read when they are asked for;
+    texts[0] is "". `of_row` gives the captions of a row.
+    """
+
+    whole: ClassVar[bool] = False
+
+    def __init__(
+        self,
+        dataset: datasets.IterableDataset,
+        of_row: Callable[[dict[str, Any]], Iterable[str]],
+        rows: int,
+        seed: int = 0,
+    ):
+        self.rows, self.seed = rows, seed
+        self._dataset, self._of_row = dataset, of_row
+
+    @cached_property
+    def texts(self) -> list[str]:
+        """BadData where none of the first rows has a caption."""
+        found = dict.fromkeys(text for row in self._dataset.take(self.rows) for text in self.of_row(row))
+        self._has_empty = "" in found
+        if not set(found) - {""}:
+            raise BadData(f"none of the first {self.rows:,} rows has a caption; choose another --caption_column")
+        return list(dict.fromkeys([""]) | found)
+
+    @property
+    def has_empty(self) -> bool:
+        """Whether some image of the first rows has the empty text."""
+        return bool(self.texts) and self._has_empty
+
+    def of_row(self, row: dict[str, Any]) -> list[str]:
+        """The different captions of a row, [""] where it has none."""
+        return list(dict.fromkeys(text for text in self._of_row(row) if text)) or [""]
+
+    def choose(self, row: dict[str, Any], epoch: int, place: int) -> str:
+        """The caption that a row has at its place in an epoch, drawn anew in each."""
+        own = self.of_row(row)
+        return own[int(draws(self.seed, np.array([epoch]), np.array([place]), CAPTION)[0] * len(own))]
+
+    def describe(self) -> dict[str, Any]:
+        """What a card and a dry run tell, of the first rows."""
+        return {
+            "of_the_first_rows": self.rows,
+            "different_captions": len(self.texts) - 1,
+            "examples": self.examples(SHOWN),
+        }
+
+    def sentence(self, kind: str) -> str:
+        """What `describe` says, in words."""
+        shown = ", ".join(map(repr, self.examples(SHOWN)))
+        return f"{len(self.texts) - 1:,} different ones in the first {self.rows:,} rows of the stream, as {shown}"
+
+    def examples(self, count: int) -> list[str]:
+        """Evenly spaced ones of the different captions of the first rows."""
+        return _some_of(self.texts, count)
+
+
+def _some_of(texts: Sequence[str], count: int) -> list[str]:
+    return [texts[1 + place] for place in evenly_spaced(len(texts) - 1, count)]
+
+
+def number_of(text: str) -> int:
+    """A number that tells a text from others, whatever other texts there are."""
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little") >> 1
 
 
 def captions_of_classes(
@@ -84,9 +175,14 @@ def captions_of_classes(
 
     ValueError for a template without the place of the name.
     """
-    check_templates(templates)
-    by_class = [[template.replace(PLACE, name) for template in templates] for name in class_names]
+    by_class = class_captions(templates, class_names)
     return Captions((by_class[label] for label in labels.tolist()), seed)
+
+
+def class_captions(templates: Sequence[str], class_names: Sequence[str]) -> list[list[str]]:
+    """The captions of each class; ValueError for a template without the place of the name."""
+    check_templates(templates)
+    return [[template.replace(PLACE, name) for template in templates] for name in class_names]
 
 
 def check_templates(templates: Sequence[str]) -> None:
@@ -120,7 +216,7 @@ def read_captions(dataset: datasets.Dataset, column: str, rows: np.ndarray, seed
     """The captions of these rows; BadData where no row has any."""
     texts = dataset.select_columns([column]).with_format("arrow")
     values = texts[:][column].to_pylist() if len(rows) == len(dataset) else texts[rows.tolist()][column].to_pylist()
-    captions = Captions((_texts_of(value) for value in values), seed)
+    captions = Captions((texts_of(value) for value in values), seed)
     if len(captions.texts) == 1:
         raise BadData(f"column {column!r} has no text in any of {len(values):,} rows; choose another --caption_column")
     return captions
@@ -135,7 +231,8 @@ def missing_remark(captions: Captions, name_of: Callable[[int], str]) -> list[st
     return [f"no caption: {counted(missing, 'image')}, trained without a text"]
 
 
-def _texts_of(value: Any) -> list[str]:
+def texts_of(value: Any) -> list[str]:
+    """The captions in a value of a column: a text, a list of texts, or None."""
     values = value if isinstance(value, list) else [value]
     # A .csv may have made numbers of captions.
     return [str(text).strip() for text in values if text is not None]

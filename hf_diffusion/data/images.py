@@ -2,7 +2,7 @@
 
 import itertools
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import datasets
@@ -12,13 +12,17 @@ from PIL import ImageColor
 from hf_diffusion.data.captions import (
     CaptionCoder,
     Captions,
+    StreamedCaptions,
     captions_of_classes,
+    class_captions,
     find_caption_column,
     missing_remark,
     read_captions,
+    texts_of,
 )
 from hf_diffusion.data.columns import (
     as_images,
+    check_label,
     class_remarks,
     find_image_column,
     find_label_column,
@@ -61,6 +65,7 @@ def load_images(
     captioned: bool = False,
     caption_column: str | None = None,
     caption_templates: Sequence[str] = (),
+    caption_rows: int = 5000,
     caption_coder: CaptionCoder | None = None,
 ) -> ImageData | StreamingImageData:
     """Open a set of images; what is not given comes from the data.
@@ -83,6 +88,7 @@ def load_images(
         not 4.
     captioned: each image has captions, those of `caption_column` (None finds it by its name), or
         one of its class for each of `caption_templates`; `caption_coder` makes conditions of them.
+    caption_rows: first rows of a stream whose captions are read before training.
 
     ValueError in one sentence for data that are missing, empty, of mixed size, wrongly labelled or
     unreadable beyond `max_bad_images`; ConnectionError if the Hub cannot be reached.
@@ -120,7 +126,17 @@ def load_images(
     remarks += probe.remarks
     captions = None
     if captioned:
-        captions = _captions(source, rows, labels, class_names, caption_column, caption_templates, seed)
+        column = None if caption_templates else find_caption_column(features, caption_column)
+        if caption_templates and class_names is None:
+            raise ValueError(
+                f"caption_template makes captions of class names, and {source.name} has no classes; name their column "
+                "by --label_column, or a column of captions by --caption_column"
+            )
+    if captioned and streaming:
+        by_class = class_captions(caption_templates, class_names or ())
+        captions = StreamedCaptions(dataset, _captions_of_row(column, label_column, by_class), caption_rows, seed)
+    elif captioned:
+        captions = _captions(source, rows, labels, class_names, column, caption_templates, seed)
         remarks += missing_remark(captions, lambda i: brief_name(dataset[i][image_column], int(rows[i])))
     for remark in remarks[len(source.given) :]:
         logger.warning("%s: %s", source.name, remark)
@@ -137,6 +153,7 @@ def load_images(
         "seed": seed,
         "max_bad_images": max_bad_images,
         "facts": facts,
+        "captions": captions,
     }
     if streaming:
         data = StreamingImageData(
@@ -149,7 +166,7 @@ def load_images(
         )
         data.split_rows = (canonical_name(Split.parse(split).name), None if rows is None else np.array(rows))
         return data
-    data = ImageData(dataset, probe.transform, labels=labels, cache_bytes=cache_bytes, captions=captions, **common)
+    data = ImageData(dataset, probe.transform, labels=labels, cache_bytes=cache_bytes, **common)
     data.split_rows = (canonical_name(Split.parse(split).name), rows)
     data.remarks = remarks
     data.record(probe.bad)
@@ -160,7 +177,7 @@ def load_images(
 
 def _captions(
     source: Source,
-    rows: np.ndarray | None,
+    rows: np.ndarray,
     labels: np.ndarray | None,
     class_names: list[str] | None,
     column: str | None,
@@ -168,16 +185,19 @@ def _captions(
     seed: int,
 ) -> Captions:
     """The captions of the rows: of a column, or of the classes."""
-    if rows is None:
-        raise ValueError("the captions of a stream are not known before it is read; leave --streaming out")
-    if templates and labels is None:
-        raise ValueError(
-            f"caption_template makes captions of class names, and {source.name} has no classes; name their column by "
-            "--label_column, or a column of captions by --caption_column"
-        )
     if templates:
         return captions_of_classes(templates, class_names, labels, seed)
-    return read_captions(source.dataset, find_caption_column(source.dataset.features, column), rows, seed)
+    return read_captions(source.dataset, column, rows, seed)
+
+
+def _captions_of_row(
+    column: str | None, label_column: str | None, by_class: list[list[str]]
+) -> Callable[[dict[str, Any]], list[str]]:
+    """What finds the captions of a stream's row: in a column, or by its class."""
+    if column is not None:
+        return lambda row: texts_of(row[column])
+    names = [str(number) for number in range(len(by_class))]
+    return lambda row: by_class[check_label(row[label_column], names, label_column, "a row of the stream")]
 
 
 def _checked_options(

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from hf_diffusion.data.captions import CaptionCoder, Captions
+from hf_diffusion.data.captions import CaptionCoder, Captions, StreamedCaptions
 from hf_diffusion.data.classes import match_classes
 from hf_diffusion.data.selection import evenly_spaced
 from hf_diffusion.randomness import BatchOrder
@@ -51,7 +51,7 @@ class TrainingData(ABC):
     sample_shape: tuple[int, ...]
     class_names: list[str] | None = None
     labels: np.ndarray | None = None
-    captions: Captions | None = None
+    captions: Captions | StreamedCaptions | None = None
     caption_coder: CaptionCoder | None = None
     split_rows: tuple[str, np.ndarray | None] | None = None
     remarks: Sequence[str] = ()
@@ -144,12 +144,8 @@ class TrainingData(ABC):
             named = [name if count is None else f"{name} {count:,}" for name, count in counts.items()]
             more = f" and {len(named) - MOST_NAMED} more" if len(named) > MOST_NAMED else ""
             facts["classes"] = ", ".join(named[:MOST_NAMED]) + more
-        if captions := self.describe().get("captions"):
-            shown = ", ".join(map(repr, captions["examples"]))
-            facts["captions"] = (
-                f"{captions['images_with_a_caption']:,} of {self.num_samples:,} {self.kind} have some, "
-                f"{captions['captions_an_image']} each, {captions['different_captions']:,} different ones, as {shown}"
-            )
+        if self.captions is not None:
+            facts["captions"] = self.captions.sentence(self.kind)
         x_0 = next(iter(self.once(PREVIEWED, PREVIEWED)))["x_0"]
         facts["values"] = f"{x_0.min():.3g} to {x_0.max():.3g}, mean {x_0.mean():.3g}, of {len(x_0)} {self.kind}"
         return facts | ({"remarks": "; ".join(self.remarks)} if self.remarks else {})

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from hf_diffusion.data.augmentation import CROP_X, CROP_Y, FLIP, draws
+from hf_diffusion.data.captions import CaptionCoder, StreamedCaptions, number_of
 from hf_diffusion.data.columns import check_label
 from hf_diffusion.data.decoding import deviation, encoded_bytes, image_name, open_image, to_pixels
 from hf_diffusion.data.errors import BadData, CorruptImage, too_many_bad
@@ -33,7 +34,7 @@ class StreamingImageData(TrainingData):
     Every process reads the whole stream and decodes only its own rows, so that the order does not
     depend on their number. With W processes the set is read W times. Order is shuffled through a
     buffer seeded by (seed, epoch). A corrupt image is replaced by the next good one of the stream,
-    which is then seen twice.
+    which is then seen twice, with its own caption.
 
     Beside what all data have: `channels`, `size` (H, W), `skipped` (corrupt images met by this
     process) and `epoch_length`, which is None until a whole epoch has been read. `fingerprint` is
@@ -59,7 +60,9 @@ class StreamingImageData(TrainingData):
         max_bad_images: int,
         shuffle_buffer: int,
         facts: dict[str, Any],
+        captions: StreamedCaptions | None = None,
     ):
+        self.captions = captions
         self.transform, self.channels, self.size = transform, transform.channels, transform.size
         self.name, self.class_names, self.sample_shape = name, class_names, (transform.channels, *transform.size)
         self.epoch_length: int | None = None
@@ -89,10 +92,15 @@ class StreamingImageData(TrainingData):
             "class_names": self.class_names,
             "skipped_images": self.skipped,
             "fingerprint": self.fingerprint,
+            **({} if self.captions is None else {"captions": self.captions.describe()}),
         }
 
     def form(self) -> dict[str, Any]:
-        return self.transform.form()
+        return self.transform.form() | super().form()
+
+    def encode_captions(self, coder: CaptionCoder) -> None:
+        """Let batches hold what `coder` makes of their captions, batch by batch."""
+        self.caption_coder = coder
 
     def fetch(self, indices: Sequence[int], epoch: int | Sequence[int]) -> Batch:
         """TypeError: the images of a stream have no numbers to ask for them by."""
@@ -201,6 +209,10 @@ class StreamingImageData(TrainingData):
                 for _, place, row in chosen
             ]
             batch["labels"] = torch.tensor(labels, dtype=torch.int64)
+        if self.captions is not None:
+            texts = [self.captions.choose(row, epoch, place) for epoch, place, row in chosen]
+            batch["captions"] = torch.tensor([number_of(text) for text in texts])
+            batch |= {} if self.caption_coder is None else self.caption_coder.conditions_of(texts)
         return batch
 
     def _rows(self, position: int) -> Iterator[tuple[int, int, dict]]:
@@ -226,4 +238,6 @@ class StreamingImageData(TrainingData):
                 digest.update(encoded_bytes(row[self._image_column]))
             except CorruptImage:
                 digest.update(b"corrupt")
+            if self.captions is not None:
+                digest.update("\n".join(self.captions.of_row(row)).encode())
         return digest.hexdigest()[:16]

@@ -36,6 +36,7 @@ def sampling_protocol(pipeline: DiffusionPipeline, batch_size: int, options: dic
     scheduler = {k: _brief(v) for k, v in pipeline.scheduler.config.items() if not k.startswith("_")}
     parameters = inspect.signature(pipeline.__call__).parameters
     defaults = {name: parameters[name].default for name in sampling_options(pipeline) if name in parameters}
+    defaults |= getattr(pipeline, "default_options", dict)()
     return {
         "pipeline": type(pipeline).__name__,
         "weights_sha256": {name: hash_tensors(module.state_dict()) for name, module in modules.items()},

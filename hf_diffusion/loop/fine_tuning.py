@@ -3,7 +3,7 @@ and the method of the run."""
 
 import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -41,7 +41,12 @@ class Trained:
 
 
 def started_from(
-    config: TrainingConfig, data: TrainingData, fresh: nn.Module, process: dict[str, Any] | None = None
+    config: TrainingConfig,
+    data: TrainingData,
+    fresh: nn.Module,
+    process: dict[str, Any] | None = None,
+    called: Mapping[str, str] | None = None,
+    wrapper: tuple[type, str] | None = None,
 ) -> nn.Module:
     """`fresh`, or what `init_from` names in its place: a pipeline, a model or a checkpoint, a
     folder or a Hub id.
@@ -49,16 +54,25 @@ def started_from(
     Settings of the run that shape the network take the values of the trained one; what follows
     from data and method (channels, classes, size) stays that of `fresh`. Class embeddings are
     carried over by the classes' names. What does not fit is new, and listed. `process` are the
-    settings that the network must have been trained with. ValueError where they differ, where the
-    class of the network differs, or where hardly anything fits.
+    settings that the network must have been trained with. `called` are names of the network's
+    settings that the run calls otherwise, `wrapper` is as in `open_trained`. ValueError where they
+    differ, where the class of the network differs, or where hardly anything fits.
     """
     if config.init_from is None:
         return fresh
     config.is_started = True
-    trained = open_trained(config.init_from, (type(fresh),))
+    trained = open_trained(config.init_from, (type(fresh),), wrapper)
     check_process(config.init_from, trained.process, process or {})
-    names = {field.name for field in dataclasses.fields(config)} - set(FREE)
-    shape = {name: value for name, value in _settings(trained.network).items() if name in names}
+    names, called = {field.name for field in dataclasses.fields(config)} - set(FREE), called or {}
+    of_run = {name: called.get(name, name) for name in _settings(fresh) if called.get(name, name) in names}
+    take_shape(config, {of_run[name]: v for name, v in _settings(trained.network).items() if name in of_run})
+    bound = {name: value for name, value in _settings(fresh).items() if name not in of_run}
+    torch.manual_seed(config.seed)
+    return fitted(config.init_from, trained, bound, data.class_names)
+
+
+def take_shape(config: TrainingConfig, shape: dict[str, Any]) -> None:
+    """Give settings of the run the values of the trained network, and say which change."""
     differing = {name: value for name, value in shape.items() if _plain(getattr(config, name)) != _plain(value)}
     for name, value in differing.items():
         setattr(config, name, tuple(value) if isinstance(value, list) else value)
@@ -66,20 +80,18 @@ def started_from(
         _say(
             f"the shape is that of {config.init_from}: " + ", ".join(f"{k} {_plain(v)}" for k, v in differing.items())
         )
-    bound = {name: value for name, value in _settings(fresh).items() if name not in names}
-    torch.manual_seed(config.seed)
-    return fitted(config.init_from, trained, bound, data.class_names)
 
 
-def open_trained(source: str, wanted: Sequence[type]) -> Trained:
+def open_trained(source: str, wanted: Sequence[type], wrapper: tuple[type, str] | None = None) -> Trained:
     """What `source` holds of one of the wanted classes, with averaged weights; ValueError where it
     holds none.
 
-    Of a run that has not come to its pipeline the newest checkpoint is taken.
+    Of a run that has not come to its pipeline the newest checkpoint is taken. `wrapper` is a class
+    that checkpoints hold the network in, and its attribute there.
     """
     folder = newest_checkpoint(source)
     if (folder / MANIFEST).is_file():
-        return _of_checkpoint(folder, wanted)
+        return _of_checkpoint(folder, wanted, wrapper)
     if folder.is_dir() and not any(
         (folder / name).is_file() for name in (DiffusionPipeline.config_name, "config.json")
     ):
@@ -197,7 +209,7 @@ def _tensors_of_classes(cls: type, settings: dict[str, Any]) -> set[str]:
     return {name for name, tensor in now.items() if tensor.shape != more[name].shape}
 
 
-def _of_checkpoint(folder: Path, wanted: Sequence[type]) -> Trained:
+def _of_checkpoint(folder: Path, wanted: Sequence[type], wrapper: tuple[type, str] | None) -> Trained:
     manifest = read_manifest(folder)
     described = manifest.get("network")
     if described is None:
@@ -205,7 +217,8 @@ def _of_checkpoint(folder: Path, wanted: Sequence[type]) -> Trained:
             f"init_from {folder} is a checkpoint of an earlier version, which does not describe its network; give the "
             "pipeline that the run has saved"
         )
-    cls = next((cls for cls in wanted if cls.__name__ == described["class"]), None)
+    held = () if wrapper is None else wrapper[:1]
+    cls = next((cls for cls in (*wanted, *held) if cls.__name__ == described["class"]), None)
     if cls is None:
         raise ValueError(f"init_from {folder} has a {described['class']}, and this run trains a {_spoken(wanted)}")
     network = cls.from_config(described["config"])
@@ -215,6 +228,12 @@ def _of_checkpoint(folder: Path, wanted: Sequence[type]) -> Trained:
         with torch.no_grad():
             for parameter, average in zip(network.parameters(), averages, strict=True):
                 parameter.copy_(average)
+    if cls in held:
+        network = getattr(network, wrapper[1])
+        if not isinstance(network, tuple(wanted)):
+            raise ValueError(
+                f"init_from {folder} has a {type(network).__name__}, and this run trains a {_spoken(wanted)}"
+            )
     names = manifest.get("classes")
     return Trained(network, tuple(names) if names else None, manifest.get("settings", {}))
 

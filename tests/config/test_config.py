@@ -302,7 +302,7 @@ def test_flags_that_diffusers_has_too_have_its_names():
 def test_data_arguments_are_those_of_load_images_and_none_means_no_classes():
     accepted = inspect.signature(load_images).parameters
     arguments = parse_config(Training, [*MINIMUM, "--resolution", "28x36", "--seed", "5"]).data_arguments()
-    of_captions = {"captioned", "caption_column", "caption_templates", "caption_coder"}
+    of_captions = {"captioned", "caption_column", "caption_templates", "caption_rows", "caption_coder"}
     assert set(arguments) == set(accepted) - {"cache_bytes", "shuffle_buffer", "fit_size"} - of_captions
     assert (arguments["resolution"], arguments["seed"], arguments["label_column"]) == ((28, 36), 5, None)
     for column in ("none", "digit"):

@@ -1,5 +1,6 @@
 """Captions of images: where they come from, which one an image has, what networks get of them."""
 
+import itertools
 import json
 import logging
 
@@ -21,11 +22,11 @@ from transformers import (
 
 from hf_diffusion.data import caption_coders
 from hf_diffusion.data.caption_coders import EmbeddingCoder, TokenCoder, fitting_length, train_tokenizer
-from hf_diffusion.data.captions import Captions
+from hf_diffusion.data.captions import Captions, number_of
 from hf_diffusion.data.loading import load_data
 from hf_diffusion.data.splits import load_unaugmented
 from hf_diffusion.losses.captioned import encode_text
-from tests.data.making import noise_image, parquet_of, png
+from tests.data.making import noise_image, parquet_of, png, same
 
 
 TEXTS = ["a red square", "the blue sea, at noon", "", "a dog"]
@@ -89,6 +90,87 @@ def test_images_without_a_caption_are_counted_and_named(tmp_path, caplog):
     assert "3 of 5 images have some, 1 each, 2 different ones, as 'a cat', 'a dog'" in data.summary()["captions"]
 
 
+def captioned_parquet(path, captions: list):
+    """A table of images, each of another shade, with several captions or one."""
+    images = [{"bytes": png(noise_image(seed)), "path": None} for seed in range(len(captions))]
+    words = datasets.List(datasets.Value("string"))
+    return parquet_of(path, {"image": images, "text": captions}, {"image": datasets.Image(), "text": words})
+
+
+def streamed(path, count: int, position: int = 0, rank: int = 0, world: int = 1, workers: int = 0, coder=None):
+    """The first batches of one process of a stream with captions, 4 rows of all processes."""
+    data = load_data(train_data_dir=str(path), streaming=True, captioned=True, shuffle_buffer=3, seed=1)
+    if coder is not None:
+        data.encode_captions(coder)
+    batches = data.stream(position, rank, world, 4 // world, workers)
+    return list(itertools.islice(batches, count))
+
+
+SEVERAL = [["a cat", "a grey cat"], ["a dog"], None, ["two cars", "cars", "a road"], ["a tree", "a tree"]]
+
+
+def test_the_captions_of_a_stream_travel_with_their_images(tmp_path):
+    path = captioned_parquet(tmp_path / "set.parquet", SEVERAL)
+    still = load_data(train_data_dir=str(path), captioned=True).fetch(range(5), 0)["x_0"]
+    allowed = [{number_of(text) for text in texts or [""]} for texts in SEVERAL]
+    met: list[set[int]] = [set() for _ in SEVERAL]
+    for batch in streamed(path, 25):
+        for x_0, number in zip(batch["x_0"], batch["captions"].tolist()):
+            (image,) = (index for index in range(5) if torch.equal(x_0, still[index]))
+            assert number in allowed[image]
+            met[image].add(number)
+    # in twenty epochs each of several captions comes
+    assert met == allowed
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_captions_of_a_stream_depend_neither_on_processes_nor_on_where_it_was_resumed(tmp_path, workers):
+    path = captioned_parquet(tmp_path / "set.parquet", SEVERAL)
+    coder = TokenCoder(train_tokenizer(TEXTS, 300, length=8), 8)
+    whole = streamed(path, 6, coder=coder)
+    halves = [streamed(path, 6, 0, rank, 2, workers, coder) for rank in range(2)]
+    for batch, left, right in zip(whole, *halves):
+        assert same(batch, {name: torch.cat([left[name], right[name]]) for name in batch})
+    assert all(map(same, whole[3:], streamed(path, 3, 12, 0, 1, workers, coder)))
+    assert {"captions", "input_ids", "attention_mask"} < set(whole[0])
+
+
+def test_a_stream_knows_the_captions_of_its_first_rows_and_a_class_has_one_by_template(tmp_path, monkeypatch):
+    path = captioned_parquet(tmp_path / "set.parquet", SEVERAL)
+    data = load_data(train_data_dir=str(path), streaming=True, captioned=True, caption_rows=2)
+    assert data.captions.texts == ["", "a cat", "a grey cat", "a dog"] and not data.captions.whole
+    said = "3 different ones in the first 2 rows of the stream, as 'a cat', 'a grey cat', 'a dog'"
+    assert data.summary()["captions"] == said
+    other = captioned_parquet(tmp_path / "other.parquet", [["a cow"], *SEVERAL[1:]])
+    assert load_data(train_data_dir=str(other), streaming=True, captioned=True).fingerprint != data.fingerprint
+    nothing = load_data(
+        train_data_dir=str(captioned_parquet(tmp_path / "no.parquet", [None, [" "]])), streaming=True, captioned=True
+    )
+    with pytest.raises(ValueError, match="none of the first 5,000 rows has a caption; choose another --caption_col"):
+        nothing.captions.examples(3)
+    templates = {"caption_templates": ("the digit {}", "a {}"), "captioned": True, "max_train_samples": 40}
+    digits = load_data("digits", streaming=True, **templates)
+    assert len(digits.captions.texts) == 21
+    batch = next(digits.stream(0, batch_size=16))
+    for label, number in zip(batch["labels"], batch["captions"].tolist()):
+        name = digits.class_names[label]
+        assert number in {number_of(f"the digit {name}"), number_of(f"a {name}")}
+
+
+def test_the_embeddings_of_a_stream_are_those_that_are_cached_for_a_set(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_DIFFUSION_CACHE", str(tmp_path / "cache"))
+    coder = EmbeddingCoder(str(make_encoder("bert", tmp_path / "encoder", 300)), 16)
+    kept = coder.rows_of(TEXTS)(torch.tensor([1, 3, 1, 2]))
+    before = sorted((tmp_path / "cache").rglob("*"))
+    found = coder.conditions_of([TEXTS[number] for number in (1, 3, 1, 2)])
+    for name, value in kept.items():
+        # of the 11 bits that float16 has
+        torch.testing.assert_close(found[name], value, rtol=2e-3, atol=2e-3)
+    assert sorted((tmp_path / "cache").rglob("*")) == before
+    alone = coder.conditions_of([TEXTS[3]])
+    torch.testing.assert_close(alone["class_labels"][0], found["class_labels"][1], rtol=1e-5, atol=1e-6)
+
+
 def test_templates_make_captions_of_class_names():
     data = load_data("digits", captioned=True, caption_templates=("the digit {}", "a {}"), max_train_samples=50)
     for index in (0, 7, 33):
@@ -101,12 +183,13 @@ def test_templates_make_captions_of_class_names():
 @pytest.mark.parametrize(
     "options, sentence",
     [
-        ({}, "there are no captions: the data have none of the columns text, caption, captions, prompt; name one by"),
+        ({}, "there are no captions: the data have none of the columns text, caption, captions, prompt, txt; name"),
         ({"caption_column": "words"}, "caption_column 'words' is not in the data set; no column of it holds texts"),
         ({"caption_column": "label"}, "caption_column 'label' is of type ClassLabel"),
         ({"caption_templates": ("a photo",)}, "'a photo' has 0 places for the name of the class; write {} once"),
         ({"caption_templates": ("a {}",), "label_column": "none"}, "digits has no classes; name their column by"),
-        ({"caption_templates": ("a {}",), "streaming": True}, "leave --streaming out"),
+        ({"caption_templates": ("a {} or {}",), "streaming": True}, "'a {} or {}' has 2 places for the name"),
+        ({"streaming": True}, "there are no captions: the data have none of the columns"),
     ],
 )
 def test_captions_that_cannot_be_are_met_by_a_sentence(options, sentence):

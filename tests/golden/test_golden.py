@@ -15,6 +15,7 @@ from tests.golden import (
     replays_ect,
     replays_edm,
     replays_flow,
+    replays_glide,
     replays_mdlm,
     replays_openai_guidance,
     replays_openai_losses,
@@ -43,6 +44,7 @@ REPLAYS = {
     "ddgan_models": replays_ddgan_models.REPLAYS,
     "edm": replays_edm.REPLAYS,
     "flow": replays_flow.REPLAYS,
+    "glide": replays_glide.REPLAYS,
     "score_sde": replays_score_sde.REPLAYS,
 }
 CONVERSIONS = {

@@ -37,6 +37,19 @@ def test_one_step_is_linear_in_the_guidance_scale():
     torch.testing.assert_close(away, draw(pipe, ["a dog", "a crane"], num_inference_steps=1, guidance_scale=1.0))
 
 
+def test_a_model_that_has_not_learned_the_empty_text_is_guided_by_a_negative_text_alone():
+    pipe = make_text_to_image()
+    assert torch.equal(draw(pipe), draw(pipe, guidance_scale=2.0)) and pipe.example_call()["guidance_scale"] == 2
+    pipe.register_to_config(empty_text=False)
+    assert torch.equal(draw(pipe), draw(pipe, guidance_scale=1.0)) and pipe.example_call()["guidance_scale"] == 1
+    for negative in (None, ["a dog", ""]):
+        with pytest.raises(
+            ValueError, match="guidance_scale=2.0 leads away from the empty text, which this model has"
+        ):
+            draw(pipe, guidance_scale=2.0, negative_prompt=negative)
+    assert not torch.equal(draw(pipe, guidance_scale=2.0, negative_prompt="a crane"), draw(pipe))
+
+
 def test_only_guidance_costs_a_second_call_and_equal_texts_are_read_once():
     pipe = make_text_to_image()
     unet, encoder = Recorder(pipe.unet), []

@@ -11,6 +11,7 @@ from diffusers import AutoencoderKL, VQModel
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from hf_diffusion.config.command_line import parse_config
 from hf_diffusion.data.loading import load_data
 from hf_diffusion.evaluation.feature_networks import ResNetFeatures
 from hf_diffusion.training import train_autoencoder
@@ -49,6 +50,25 @@ def finished(tmp_path_factory, perceptual) -> Path:
     """A run of eight steps without interruption; the critic learns from the third on."""
     folder = tmp_path_factory.mktemp("run") / "whole"
     return run(folder, *TINY, *GAME, *MEASURED, *perceptual, "--gradient_accumulation_steps", "2")
+
+
+@pytest.mark.parametrize("source", ["", "checkpoint-00000008"], ids=["autoencoder", "checkpoint"])
+def test_a_run_starts_from_a_saved_autoencoder_or_its_checkpoint(finished, source):
+    words = [*TINY, "--max_train_steps", "2", "--model_channels", "16", "--init_from", str(finished / source)]
+    config = parse_config(train_autoencoder.AutoencoderConfig, [*words, "--model_channels", "8"])
+    fresh = train_autoencoder.build_autoencoder(config, load_data(**config.data_arguments()))
+    network = train_autoencoder.start_network(config, load_data(**config.data_arguments()))
+    trained = load_file(finished / "diffusion_pytorch_model.safetensors")
+    assert trained.keys() == network.state_dict().keys()
+    assert all(torch.equal(value, trained[name]) for name, value in network.state_dict().items())
+    assert not torch.equal(fresh.state_dict()["decoder.conv_out.weight"], trained["decoder.conv_out.weight"])
+
+
+def test_a_checkpoint_of_a_quantised_autoencoder_starts_no_plain_one(finished):
+    words = [*TINY, "--max_train_steps", "2", "--quantised", "--init_from", str(finished / "checkpoint-00000008")]
+    config = parse_config(train_autoencoder.AutoencoderConfig, words)
+    with pytest.raises(ValueError, match="has a AutoencoderKL, and this run trains a VQModel"):
+        train_autoencoder.start_network(config, load_data(**config.data_arguments()))
 
 
 def test_stock_diffusers_loads_the_autoencoder_in_a_process_without_the_package(finished):

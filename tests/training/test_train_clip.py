@@ -42,6 +42,33 @@ def test_an_interrupted_run_ends_with_the_very_weights_of_an_uninterrupted_one(f
     assert ours.keys() == whole.keys() and all(torch.equal(ours[name], whole[name]) for name in whole)
 
 
+@pytest.mark.parametrize("source", ["", "checkpoint-00000005"], ids=["run", "checkpoint"])
+def test_a_run_starts_from_towers_and_tokenizer_of_a_saved_one(finished, source, tmp_path):
+    flags = ["--init_from", str(finished / source), "--layers", "2", "--max_train_steps", "1", "--learning_rate"]
+    folder = run(tmp_path / "on", *flags, "1e-6")
+    ours, theirs = (load_file(path / "diffusion_pytorch_model.safetensors") for path in (folder, finished))
+    assert ours.keys() == theirs.keys()
+    for name, value in theirs.items():
+        torch.testing.assert_close(ours[name], value, rtol=0, atol=2e-6)
+    tokens = [AutoTokenizer.from_pretrained(path)("a digit, unseen")["input_ids"] for path in (folder, finished)]
+    assert tokens[0] == tokens[1]
+
+
+def test_a_run_on_another_schedule_cannot_be_started_from(finished, tmp_path):
+    with pytest.raises(SystemExit, match="was trained with beta_schedule linear, and this run has squaredcos_cap_v2"):
+        train_clip.main(
+            [
+                *SMALL,
+                "--beta_schedule",
+                "squaredcos_cap_v2",
+                "--init_from",
+                str(finished),
+                "--output_dir",
+                str(tmp_path),
+            ]
+        )
+
+
 def test_accumulation_does_not_change_who_is_told_apart(finished, tmp_path):
     flags = ["--train_batch_size", "4", "--gradient_accumulation_steps", "2"]
     halves = load_file(run(tmp_path, *flags) / "diffusion_pytorch_model.safetensors")

@@ -8,16 +8,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
 from safetensors.torch import load_file
 
 from hf_diffusion import TextToImagePipeline, cli
 from hf_diffusion.cards.papers import bibtex
+from hf_diffusion.config.command_line import parse_config
+from hf_diffusion.data.loading import load_data
+from hf_diffusion.loop.readers import trained_unet
 from hf_diffusion.losses.captioned import CaptionDenoisingObjective, ReadingUNet
 from hf_diffusion.randomness import Draw
 from hf_diffusion.training import train_text_to_image
 from hf_diffusion.training.train_text_to_image import TextToImageConfig
 from tests.data.autoencoders import make_autoencoder
-from tests.data.test_captions import folder_with, make_encoder
+from tests.data.test_captions import captioned_parquet, folder_with, make_encoder
 from tests.launching import ENVIRONMENT, launcher, run_claims
 from tests.training.interruptions import stop_after
 
@@ -71,6 +75,102 @@ def test_an_interrupted_run_ends_with_the_very_weights_of_an_uninterrupted_one(f
     run(tmp_path, *flags, "--resume_from_checkpoint", "latest")
     ours, whole = weights(tmp_path), weights(finished)
     assert ours.keys() == whole.keys() and all(torch.equal(ours[name], whole[name]) for name in whole)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("encoder", ["scratch", "frozen"])
+def test_a_run_on_a_stream_reads_its_captions_on_the_way_and_is_resumed_bit_for_bit(
+    encoder, frozen, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setenv("HF_DIFFUSION_CACHE", str(tmp_path / "cache"))
+    path = captioned_parquet(tmp_path / "set.parquet", CAPTIONS * 4)
+    flags = ["--train_data_dir", str(path), "--streaming", "--resolution", "8", "--dataloader_num_workers", "1"]
+    flags += ["--caption_rows", "20", "--text_width", "16", "--text_layers", "1", "--text_length", "12"]
+    flags += ["--text_encoder", str(frozen[1])] if encoder == "frozen" else []
+    whole = weights(run(tmp_path / "whole", *flags))
+    said = capsys.readouterr().out
+    if encoder == "frozen":
+        assert "the embeddings of a stream's captions are not cached" in said
+    else:
+        assert "the tokenizer is trained on captions of the stream's first 20 rows" in said
+    with monkeypatch.context() as patch:
+        stop_after(patch, 3)
+        run(tmp_path / "cut", *flags)
+    ours = weights(run(tmp_path / "cut", *flags, "--resume_from_checkpoint", "latest"))
+    assert ours.keys() == whole.keys() and all(torch.equal(ours[name], whole[name]) for name in whole)
+    pipe = TextToImagePipeline.from_pretrained(tmp_path / "whole")
+    # room for captions that are longer than those of the first rows
+    assert pipe.config.text_length == 12 and "a small cat" in pipe.example_prompts
+
+
+def begun(*flags: str):
+    """Network, coder and settings that a run would start with."""
+    config = parse_config(TextToImageConfig, ["--train_batch_size", "8", "--max_train_steps", "2", *flags])
+    accelerator = Accelerator()
+    coder, network = train_text_to_image.build_reading(config, load_data(**config.data_arguments()), accelerator)
+    return network, coder, config
+
+
+@pytest.mark.parametrize("source", ["", "checkpoint-00000005"], ids=["pipeline", "checkpoint"])
+def test_a_run_starts_from_network_text_model_and_tokenizer_of_a_saved_one(finished, source, capsys):
+    flags = [*DIGITS, "--split", "train[:90%]", "--variance_type", "learned_range", "--objective", "hybrid"]
+    network, coder, config = begun(*flags, "--text_width", "64", "--init_from", str(finished / source))
+    trained = weights(finished)
+    assert all(torch.equal(value, trained[name]) for name, value in network.state_dict().items())
+    assert (config.model_channels, config.channel_mult, config.text_width, config.is_started) == (8, (1, 2), 16, True)
+    assert "the shape is that of" in capsys.readouterr().out
+    theirs = TextToImagePipeline.from_pretrained(finished)
+    assert coder.length == theirs.config.text_length == config.text_length
+    texts = ["the digit 3", "an unseen word"]
+    for name, value in coder.conditions_of(texts).items():
+        expected = theirs.tokenizer(texts, padding="max_length", max_length=coder.length, return_tensors="pt")[name]
+        assert torch.equal(value, expected)
+
+
+def test_other_captions_are_read_with_the_tokenizer_of_the_run_that_one_starts_from(finished, tmp_path):
+    path = captioned_parquet(tmp_path / "set.parquet", CAPTIONS)
+    flags = ["--train_data_dir", str(path), "--resolution", "8", "--channels", "1", "--init_from"]
+    network, coder, _ = begun(*flags, str(finished))
+    assert len(coder.tokenizer) == network.text_encoder.config.vocab_size
+    trained = load_file(finished / "text_encoder" / "model.safetensors")
+    assert all(torch.equal(value, trained[name]) for name, value in network.text_encoder.state_dict().items())
+    with pytest.raises(
+        ValueError, match="is a checkpoint, which holds no tokenizer, .* give the folder of a finished"
+    ):
+        begun(*flags, str(finished / "checkpoint-00000005"))
+
+
+def test_what_cannot_be_started_from_is_met_by_a_sentence(finished, frozen):
+    with pytest.raises(ValueError, match="was trained with prediction_type v_prediction, and this run has epsilon"):
+        begun(*DIGITS, "--prediction_type", "epsilon", "--init_from", str(finished))
+    with pytest.raises(
+        ValueError, match="is a TextToImagePipeline with a BertModel, and an encoder from scratch is a"
+    ):
+        begun(*DIGITS, "--init_from", str(frozen[0]))
+
+
+def test_a_network_of_a_frozen_encoder_is_started_from_in_its_own_shape(frozen, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_DIFFUSION_CACHE", str(tmp_path / "cache"))
+    path = captioned_parquet(tmp_path / "set.parquet", CAPTIONS)
+    words = ["--train_data_dir", str(path), "--resolution", "8", "--text_encoder", str(frozen[1]), "--process", "flow"]
+    for source in (frozen[0], frozen[0] / "checkpoint-00000005"):
+        given = [*words, "--train_batch_size", "8", "--max_train_steps", "2", "--init_from", str(source)]
+        config = parse_config(TextToImageConfig, given)
+        data = load_data(**config.data_arguments())
+        _, network = train_text_to_image.build_frozen(config, data, Accelerator())
+        trained = load_file(frozen[0] / "unet" / "diffusion_pytorch_model.safetensors")
+        assert all(torch.equal(value, trained[name]) for name, value in network.state_dict().items())
+        assert config.model_channels == 8 and config.is_started
+    (tmp_path / "model_index.json").write_text('{"_class_name": "TextToImagePipeline", "padding_id": 30}')
+    with pytest.raises(ValueError, match="reads padding as a part of texts, as GLIDE does, and no training here does"):
+        trained_unet(str(tmp_path))
+
+
+def test_a_started_run_trains_on_and_is_saved(finished, tmp_path):
+    flags = [*DIGITS, "--max_train_steps", "1", "--variance_type", "learned_range", "--objective", "hybrid"]
+    ours = weights(run(tmp_path / "on", *flags, "--init_from", str(finished), "--learning_rate", "1e-6"))
+    for name, value in weights(finished).items():
+        torch.testing.assert_close(ours[name], value, rtol=0, atol=2e-6)
 
 
 def test_unet_and_encoder_are_both_trained(finished):
@@ -220,6 +320,10 @@ def test_captions_of_latents_are_learned_and_decoded(tmp_path, monkeypatch):
         (["--caption_template", "a {}", "--text_heads", "3"], "text_heads 3 does not divide text_width 128"),
         (["--caption_template", "a {}", "--text_encoder", "no/such/folder"], "text_encoder no/such/folder"),
         ([], "there are no captions"),
+        (
+            ["--caption_template", "a {}", "--label_dropout", "0", "--guidance_scale", "2"],
+            "guidance_scale 2.0 leads away from the empty text, which a network with label_dropout 0 never sees",
+        ),
     ],
 )
 def test_settings_that_cannot_be_are_met_by_a_sentence(flags, sentence, tmp_path, capsys):
@@ -227,6 +331,14 @@ def test_settings_that_cannot_be_are_met_by_a_sentence(flags, sentence, tmp_path
         train_text_to_image.main([*SMALL, "--dataset_name", "digits", *flags, "--output_dir", str(tmp_path)])
     said = f"{stopped.value} {capsys.readouterr().err}"
     assert sentence in said and "Traceback" not in said
+
+
+def test_a_run_on_a_stream_without_dropped_captions_is_drawn_from_without_guidance(tmp_path, capsys):
+    folder = run(tmp_path, *DIGITS, "--streaming", "--label_dropout", "0", "--max_train_steps", "1")
+    assert "the tokenizer is trained on captions of the stream's first 5,000 rows" in capsys.readouterr().out
+    pipe = TextToImagePipeline.from_pretrained(folder)
+    assert pipe.config.empty_text is False and "guidance_scale=1.0" in (folder / "README.md").read_text()
+    assert not (folder / "samples" / "guidance.png").exists()
 
 
 def test_dropped_captions_become_the_empty_text_in_training_alone():
@@ -254,10 +366,11 @@ def test_dropped_captions_become_the_empty_text_in_training_alone():
 
 
 @pytest.mark.slow
-def test_two_processes_train_what_one_does(tmp_path):
+@pytest.mark.parametrize("flags", [[], ["--streaming", "--text_length", "16"]], ids=["set", "stream"])
+def test_two_processes_train_what_one_does(tmp_path, flags):
     def launch(name: str, processes: int, batch: str) -> Path:
         words = [*launcher(processes, "cpu_two_processes" if processes == 2 else None)]
-        words += ["training/train_text_to_image.py", *SMALL, *DIGITS, "--train_batch_size", batch]
+        words += ["training/train_text_to_image.py", *SMALL, *DIGITS, *flags, "--train_batch_size", batch]
         words += ["--output_dir", str(tmp_path / name)]
         result = subprocess.run(words, cwd=REPO, env=ENVIRONMENT, capture_output=True, text=True, timeout=600)
         assert result.returncode == 0, result.stdout + result.stderr
