@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from hf_diffusion.config.run_options import TrainingConfig
+from hf_diffusion.hub.checkpoint_files import AVERAGE
 from hf_diffusion.loop.engines import full_tensor, parallelism, written_class
-from hf_diffusion.loop.states import AVERAGE
 
 
 class AveragedWeights(EMAModel):

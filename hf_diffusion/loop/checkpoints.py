@@ -18,17 +18,13 @@ from safetensors import SafetensorError
 
 from hf_diffusion.config.resuming import differences
 from hf_diffusion.files import sha256
+from hf_diffusion.hub.checkpoint_files import MANIFEST, BadCheckpoint, read_manifest
 from hf_diffusion.loop.engines import DATA_PARALLEL, SHARDED
 from hf_diffusion.loop.states import Stateful, write_state
 
 
 logger = logging.getLogger(__name__)
-MANIFEST = "manifest.json"
 NAME = re.compile(r"checkpoint-(\d+)")
-
-
-class BadCheckpoint(ValueError):
-    """A checkpoint that is incomplete, damaged, or of another run."""
 
 
 class SaveFailed(OSError):
@@ -171,28 +167,6 @@ def latest_checkpoint(output_dir: Path) -> Path | None:
         except BadCheckpoint as error:
             logger.warning("%s; trying the one before it", error)
     return None
-
-
-def read_manifest(folder: Path) -> dict:
-    """The manifest of a checkpoint after comparing every file with it.
-
-    BadCheckpoint says what is missing or damaged.
-    """
-    try:
-        manifest = json.loads((folder / MANIFEST).read_text())
-        files = dict(manifest["files"])
-        int(manifest["step"])
-    except (OSError, ValueError, KeyError, TypeError):
-        raise BadCheckpoint(
-            f"{folder} is no whole checkpoint of this package: its {MANIFEST} is missing or damaged"
-        ) from None
-    for name, checksum in files.items():
-        path = folder / name
-        if not path.is_file() or sha256(path) != checksum:
-            raise BadCheckpoint(
-                f"{folder} is damaged: {name} is {'different from what was saved' if path.is_file() else 'missing'}"
-            )
-    return manifest
 
 
 def find_checkpoint(output_dir: Path, asked: str) -> Path | None:

@@ -54,8 +54,9 @@ class SamplingOptions(PipelineOptions):
     )
     guide_by: str | None = option(
         None,
-        "folder or repository of a classifier of noisy images, whose gradient guides instead; guidance_scale is "
-        "its scale. Of a CLIP of them for a text-to-image model, beside --set clip_guidance_scale=2",
+        "folder or repository of a classifier of noisy images, whose gradient guides instead, or of a weaker network "
+        "of the same kind, such as RUN/checkpoint-00001000, that guidance leads away from; guidance_scale is the "
+        "scale. Of a CLIP of noisy images for a text-to-image model, beside --set clip_guidance_scale=2",
     )
     scheduler: SchedulerName | None = option(
         None,
