@@ -12,6 +12,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from hf_diffusion.config.options import option
+from hf_diffusion.losses.augmentation import told
 from hf_diffusion.losses.gaussian import hybrid_loss, loss_weight, simple_loss, vlb_loss
 from hf_diffusion.losses.noise_levels import LossSecondMomentSampler, antithetic, stratified, timesteps
 from hf_diffusion.losses.objective import Objective, Player, Values
@@ -121,7 +122,7 @@ class DenoisingObjective(Objective):
         labels = batch["labels"] if self.class_conditional else None
         if self.null_class_id is not None and network.training:
             labels = torch.where(draw.uniform() < self.options.label_dropout, self.null_class_id, labels)
-        return network(x, t, labels).sample
+        return network(x, t, labels, **told(batch)).sample
 
     def losses(self, output: Tensor, x_0: Tensor, x_t: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         """The loss of each image (B,) for the network's output at timesteps t."""

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_diffusion.config.options import option
+from hf_diffusion.losses.augmentation import told
 from hf_diffusion.losses.noise_levels import antithetic, stratified
 from hf_diffusion.losses.objective import Objective, Player, Values
 from hf_diffusion.randomness import Draw, FixedDraw
@@ -185,7 +186,7 @@ class FlowMatchingObjective(Objective):
         labels = batch["labels"] if self.class_conditional else None
         if self.null_class_id is not None and network.training:
             labels = torch.where(draw.uniform() < self.options.label_dropout, self.null_class_id, labels)
-        return network(x, t, labels).sample
+        return network(x, t, labels, **told(batch)).sample
 
     def noise(self, x_0: Tensor, draw: Draw | FixedDraw, training: bool) -> Tensor:
         """Unit noise (B, ...), paired with the images as the options say."""

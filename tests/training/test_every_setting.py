@@ -261,6 +261,7 @@ BUILT = [
     Row("hidden_size", 16, network("hidden_size"), 16, DDPM, TRANSFORMER),
     Row("num_layers", 1, network("num_layers"), 1, DDPM, TRANSFORMER),
     Row("bottleneck", 2, network("bottleneck"), 2, DDPM, TRANSFORMER),
+    Row("augment_probability", 0.5, network("augment_dim"), 9, DDPM),
     Row("pool", "spatial", network("pool"), "spatial", ("classifier",)),
     Row("random_crop", 0.5, lambda t: t.objective.random_crop, 0.5, ("classifier",)),
     Row("attention_sizes", (8,), network("attention_sizes"), (8,), GAN),
