@@ -677,9 +677,8 @@ class ADMGenerator(ADMUNet2DModel):
         """
         ratios = (alphas_cumprod.double() / (1 - alphas_cumprod.double())).log()  # falls with the timestep
         wanted = (alpha_bar.double() / (1 - alpha_bar.double())).log()
-        config = {
-            name: value for name, value in unet.config.items() if not name.startswith("_") and name != "out_channels"
-        }
+        other = ("out_channels", "augment_dim")
+        config = {name: value for name, value in unet.config.items() if not name.startswith("_") and name not in other}
         generator = cls(
             **config,
             signals=tuple(alpha_bar.sqrt().tolist()),
@@ -689,7 +688,9 @@ class ADMGenerator(ADMUNet2DModel):
         )
         rows = generator.conv_out.out_channels  # the first half, where the U-Net predicts a variance, too
         weights = {
-            name: value[:rows] if name.startswith("conv_out.") else value for name, value in unet.state_dict().items()
+            name: value[:rows] if name.startswith("conv_out.") else value
+            for name, value in unet.state_dict().items()
+            if not name.startswith("augment_embedding.")
         }
         generator.load_state_dict({**generator.state_dict(), **weights})
         return generator
