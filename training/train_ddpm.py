@@ -86,11 +86,13 @@ class DDPMConfig(
             "nichol2021improved": improved or self.timestep_sampling == "loss_second_moment",
             # The U-Net, which points do without.
             "dhariwal2021diffusion": self.network == "adm" and self.dataset_name not in SHAPES,
-            "li2025back": self.network == "transformer",
+            "li2025back": self.network == "transformer"
+            or (self.prediction_type == "sample" and self.loss_weighting == "v"),
             "ho2022classifier": self.class_conditional and self.label_dropout > 0,
             "rombach2022high": self.vae is not None,
             "karras2022elucidating": self.augment_probability > 0,
             "salimans2022progressive": self.prediction_type == "v_prediction",
+            "esser2024scaling": self.level_distribution == "logit_normal",
             "hang2023efficient": self.loss_weighting == "min_snr",
             "choi2022perception": self.loss_weighting == "p2",
             "lin2024common": self.rescale_betas_zero_snr,

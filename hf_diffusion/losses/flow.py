@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from hf_diffusion.config.options import option
 from hf_diffusion.losses.augmentation import told
-from hf_diffusion.losses.noise_levels import antithetic, stratified
+from hf_diffusion.losses.noise_levels import antithetic, logit_normal, stratified
 from hf_diffusion.losses.objective import Objective, Player, Values
 from hf_diffusion.randomness import Draw, FixedDraw
 from hf_diffusion.schedulers.scheduling_flow import FlowMatchingScheduler, convert_prediction, shift_sigmas
@@ -100,7 +100,7 @@ class FlowMatchingOptions:
 def levels(u: Tensor, options: FlowMatchingOptions) -> Tensor:
     """Noise levels sigma (B,) for u (B,) in [0, 1), rising with u; before the shift."""
     if options.level_distribution == "logit_normal":
-        return torch.sigmoid(options.logit_mean + options.logit_std * torch.special.ndtri(u))
+        return logit_normal(u, options.logit_mean, options.logit_std)
     if options.level_distribution == "mode":
         return u + options.mode_scale * ((math.pi / 2 * u).cos() ** 2 - 1 + u)
     return u

@@ -154,7 +154,11 @@ def test_a_checkpoint_guides_by_its_averaged_weights_as_typed(trained, tmp_path)
     guided = type(pipe).from_pipe(pipe, guide_unet=guide.eval())
     expected = draw(guided, range(4), [0, 0, 1, 1], guidance_scale=3.0, num_inference_steps=3)
     assert np.array_equal(np.load(tmp_path / "x.npz")["images"], expected[..., 0])
-    assert not np.array_equal(expected, draw(pipe, range(4), [0, 0, 1, 1], num_inference_steps=3))
+    plain = draw(pipe, range(4), [0, 0, 1, 1], num_inference_steps=3)
+    assert not np.array_equal(expected, plain)
+    guided = ["--guide_by", str(checkpoint), "--guidance_scale", "3"]
+    assert main([*words, *guided, "--guidance_interval", "0,0"]) == 0
+    assert np.array_equal(np.load(tmp_path / "x.npz")["images"], plain[..., 0])
 
 
 def test_both_kinds_of_guidance_are_compared_by_a_sweep(trained, tmp_path):
