@@ -232,8 +232,9 @@ def check_same_run(folder: Path, run: dict) -> dict:
             f"{folder} is past the end of a run of {total} steps; give a larger max_train_steps, or an earlier "
             "checkpoint"
         )
-    # versions before 0.3 had no other optimizer
-    settings = differences({"optimizer": "adamw", **manifest.get("settings", {})}, now.pop("settings", {}))
+    # versions before 0.3 had one optimizer and one average, and said neither
+    before = {"optimizer": "adamw", "ema_max_decays": [], **manifest.get("settings", {})}
+    settings = differences(before, now.pop("settings", {}))
     differing = differences({**dict.fromkeys(now), "engine": DATA_PARALLEL, **manifest}, now) + settings
     if differing:
         raise BadCheckpoint(

@@ -165,6 +165,7 @@ def finished(tmp_path_factory) -> Path:
     return run(tmp_path_factory.mktemp("augmented") / "whole", *FLAGS)
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_ends_with_the_very_weights_and_its_model_draws_without_augmentation(
     finished, tmp_path, monkeypatch
 ):

@@ -120,6 +120,7 @@ claims["guide"] = str(pipe.guide_unet)
 """
 
 
+@pytest.mark.slow
 def test_a_guided_pipeline_is_saved_whole_and_loaded_by_diffusers_alone(tmp_path):
     pipe = TINY[EDMPipeline].make()
     guided = EDMPipeline.from_pipe(pipe, guide_unet=weaker(pipe.unet))

@@ -65,6 +65,7 @@ def test_an_average_without_memory_is_the_weights_of_now(chosen):
         torch.testing.assert_close(average, last.detach(), rtol=1e-5, atol=1e-7)
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_of_several_averages_and_muon_ends_with_the_very_same(chosen, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         stop_after(patch, 3)
@@ -73,12 +74,22 @@ def test_an_interrupted_run_of_several_averages_and_muon_ends_with_the_very_same
         flags = ["--optimizer", other, *(SEVERAL[:4] if other == "adamw" else [])]
         with pytest.raises(SystemExit, match=what):
             run(tmp_path, *MEASURED, *flags, "--resume_from_checkpoint", "latest")
+    manifest = list_checkpoints(tmp_path)[-1] / "manifest.json"
+    written = manifest.read_text()
+    content = json.loads(written)
+    # as versions before these settings have written it
+    del content["settings"]["optimizer"], content["settings"]["ema_max_decays"]
+    manifest.write_text(json.dumps(content))
+    with pytest.raises(SystemExit, match=r"optimizer was 'adamw' and is 'muon'; ema_max_decays was \[\] and is"):
+        run(tmp_path, *MEASURED, *SEVERAL, "--resume_from_checkpoint", "latest")
+    manifest.write_text(written)
     run(tmp_path, *MEASURED, *SEVERAL, "--resume_from_checkpoint", "latest")
     assert_same_weights(weights(tmp_path), weights(chosen))
     for name in ("average", "average_0.5"):
         assert_equal(shadow(tmp_path, name), shadow(chosen, name))
 
 
+@pytest.mark.slow
 def test_without_them_a_run_is_as_it_was(chosen, tmp_path):
     one = run(tmp_path / "one", *MEASURED, "--optimizer", "muon")
     assert_equal(shadow(one, "average"), shadow(chosen, "average"))
