@@ -1,8 +1,8 @@
 """Sampling from a preconditioned denoiser, EDM (Karras et al. 2022, arXiv:2206.00364).
 
-Classifier-free guidance: Ho and Salimans 2022, arXiv:2207.12598. Guidance interval: Kynkaanniemi et
-al. 2024, arXiv:2404.07724. Shapes: B images, C channels, H x W pixels; samples of any other rank go
-the same way.
+Classifier-free guidance: Ho and Salimans 2022, arXiv:2207.12598. Autoguidance: Karras et al. 2024,
+arXiv:2406.02507. Guidance interval: Kynkaanniemi et al. 2024, arXiv:2404.07724. Shapes: B images, C
+channels, H x W pixels; samples of any other rank go the same way.
 """
 
 import inspect
@@ -31,10 +31,12 @@ class EDMPipeline(SamplingMixin, SelfContainedMixin, DiffusionPipeline):
             of diffusers for a network with EDM's preconditioning.
         id2label: the names of the classes by number; kept in model_index.json.
         vae: an autoencoder of diffusers, which decodes what the network draws; None draws samples.
+        guide_unet: a weaker network of the same data and process, such as an early checkpoint, that
+            guidance leads away from, in place of the prediction without a class (autoguidance).
     """
 
     model_cpu_offload_seq = "unet->vae"
-    _optional_components = ["vae"]
+    _optional_components = ["vae", "guide_unet"]
     sampling_options = (
         "num_inference_steps",
         "guidance_scale",
@@ -51,14 +53,16 @@ class EDMPipeline(SamplingMixin, SelfContainedMixin, DiffusionPipeline):
         scheduler: SchedulerMixin,
         id2label: dict | None = None,
         vae: ModelMixin | None = None,
+        guide_unet: ModelMixin | None = None,
     ):
         super().__init__()
-        self.register_modules(unet=unet, scheduler=scheduler, vae=vae)
+        self.register_modules(unet=unet, scheduler=scheduler, vae=vae, guide_unet=guide_unet)
         self.register_id2label(id2label)
 
     def example_call(self) -> dict[str, Any]:
         """Arguments of a call that draws a few samples, guided where the model can be."""
-        guidance = {} if self.null_class_id is None else {"guidance_scale": 1.5}
+        can_guide = self.guide_unet is not None or self.null_class_id is not None
+        guidance = {"guidance_scale": 1.5} if can_guide else {}
         return {**super().example_call(), "num_inference_steps": 18, **guidance}
 
     def check_scheduler(self, churn: dict[str, float]) -> None:
@@ -79,11 +83,13 @@ class EDMPipeline(SamplingMixin, SelfContainedMixin, DiffusionPipeline):
     ) -> None:
         """Raise ValueError, with what is allowed, for guidance that does not fit the model."""
         self.check_scale(guidance_scale)
-        if guidance_scale != 1 and labels is None:
+        if self.guide_unet is not None:
+            self.check_guide(self.guide_unet)
+        elif guidance_scale != 1 and labels is None:
             raise ValueError(
                 f"guidance_scale={guidance_scale} needs class_labels to guide towards; use 1 without them"
             )
-        if guidance_scale != 1 and self.null_class_id is None:
+        elif guidance_scale != 1 and self.null_class_id is None:
             raise ValueError(
                 f"guidance_scale={guidance_scale} needs a model that was trained with a null class (null_class=True "
                 "and labels left out at random); this one has none, so use guidance_scale=1"
@@ -94,10 +100,17 @@ class EDMPipeline(SamplingMixin, SelfContainedMixin, DiffusionPipeline):
                 f"{guidance_interval!r}"
             )
 
-    def predict(self, latents: Tensor, t: Tensor, labels: Tensor | None, micro_batch_size: int | None) -> Tensor:
+    def predict(
+        self,
+        latents: Tensor,
+        t: Tensor,
+        labels: Tensor | None,
+        micro_batch_size: int | None,
+        network: ModelMixin | None = None,
+    ) -> Tensor:
         """The network's output for a noisy x (B, C, ...), `micro_batch_size` samples at a time."""
         inputs = self.scheduler.scale_model_input(latents, t)
-        return in_micro_batches(self.unet, micro_batch_size, inputs, t, class_labels=labels)
+        return in_micro_batches(network or self.unet, micro_batch_size, inputs, t, class_labels=labels)
 
     @torch.no_grad()
     def __call__(
@@ -130,7 +143,8 @@ class EDMPipeline(SamplingMixin, SelfContainedMixin, DiffusionPipeline):
             num_inference_steps: the number of steps; one of second order calls the network twice,
                 but for the last.
             guidance_scale: w in uncond + w * (cond - uncond); 1 is plain conditional sampling,
-                without a second forward.
+                without a second forward. With a guide_unet its prediction, of the same class, takes
+                the place of uncond.
             guidance_interval: guide only at noise levels sigma in [low, high].
             s_churn, s_min, s_max, s_noise: how much noise is added on the way, see
                 `EDMHeunScheduler`; None leaves the scheduler's own.
@@ -169,8 +183,10 @@ class EDMPipeline(SamplingMixin, SelfContainedMixin, DiffusionPipeline):
         micro_batch_size = micro_batch_size or self.default_micro_batch_size()
         if labels is None and self.null_class_id is not None:
             labels = torch.full((batch,), self.null_class_id, device=self._execution_device)
-        guided_labels = None  # (2 B,), uncond and cond
-        if guidance_scale != 1:
+        guided_labels = None  # (2 B,), uncond and cond; of a guide_unet (B,)
+        if self.guide_unet is not None:
+            guided_labels = labels if self.guide_unet.config.get("num_class_embeds") else None
+        elif guidance_scale != 1:
             guided_labels = torch.cat([torch.full_like(labels, self.null_class_id), labels])
 
         self.scheduler.set_timesteps(num_inference_steps, device=self._execution_device, **churn)
@@ -184,9 +200,13 @@ class EDMPipeline(SamplingMixin, SelfContainedMixin, DiffusionPipeline):
                 if self.interrupt:
                     continue
                 if guidance_scale != 1 and low <= sigmas[i] <= high:
-                    doubled = self.predict(torch.cat([latents, latents]), t, guided_labels, micro_batch_size)
-                    uncond, cond = doubled.chunk(2)
-                    output = uncond + guidance_scale * (cond - uncond)
+                    if self.guide_unet is None:
+                        doubled = self.predict(torch.cat([latents, latents]), t, guided_labels, micro_batch_size)
+                        worse, better = doubled.chunk(2)
+                    else:
+                        worse = self.predict(latents, t, guided_labels, micro_batch_size, self.guide_unet)
+                        better = self.predict(latents, t, labels, micro_batch_size)
+                    output = worse + guidance_scale * (better - worse)
                 else:
                     output = self.predict(latents, t, labels, micro_batch_size)
                 latents = self.scheduler.step(output, t, latents, generator=generator, return_dict=False)[0]

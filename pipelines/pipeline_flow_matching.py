@@ -1,8 +1,9 @@
 """Sampling along the velocity of flow matching, with classifier-free guidance.
 
-Flow matching: Lipman et al. 2023, arXiv:2210.02747. Guidance interval: Kynkaanniemi et al. 2024,
-arXiv:2404.07724. sigma 1 is the noise, 0 the data. Shapes: B images, C channels, H x W pixels;
-samples of any other rank go the same way.
+Flow matching: Lipman et al. 2023, arXiv:2210.02747. Autoguidance: Karras et al. 2024,
+arXiv:2406.02507. Guidance interval: Kynkaanniemi et al. 2024, arXiv:2404.07724. sigma 1 is the
+noise, 0 the data. Shapes: B images, C channels, H x W pixels; samples of any other rank go the same
+way.
 """
 
 import inspect
@@ -41,10 +42,12 @@ class FlowMatchingPipeline(SamplingMixin, SelfContainedMixin, DiffusionPipeline)
             the training.
         noise_scale: standard deviation of the noise; that of the training.
         vae: an autoencoder of diffusers, which decodes what the network draws; None draws samples.
+        guide_unet: a weaker network of the same data and process, such as an early checkpoint, that
+            guidance leads away from, in place of the prediction without a class (autoguidance).
     """
 
     model_cpu_offload_seq = "unet->vae"
-    _optional_components = ["vae"]
+    _optional_components = ["vae", "guide_unet"]
     sampling_options = ("num_inference_steps", "solver", "guidance_scale", "guidance_interval")
     measures = {
         "bpd_ode": "hf_diffusion.evaluation.ode_likelihood:measure_matched_bits_per_dim",
@@ -60,27 +63,31 @@ class FlowMatchingPipeline(SamplingMixin, SelfContainedMixin, DiffusionPipeline)
         sigma_floor: float = 0.05,
         noise_scale: float = 1.0,
         vae: ModelMixin | None = None,
+        guide_unet: ModelMixin | None = None,
     ):
         super().__init__()
         if prediction_type not in PREDICTION_TYPES:
             raise ValueError(f"unknown prediction_type {prediction_type!r}; choose from {list(PREDICTION_TYPES)}")
-        self.register_modules(unet=unet, scheduler=scheduler, vae=vae)
+        self.register_modules(unet=unet, scheduler=scheduler, vae=vae, guide_unet=guide_unet)
         self.register_id2label(id2label)
         self.register_to_config(prediction_type=prediction_type, sigma_floor=sigma_floor, noise_scale=noise_scale)
 
     def example_call(self) -> dict[str, Any]:
         """Arguments of a call that draws a few samples, guided where the model can be."""
-        guidance = {} if self.null_class_id is None else {"guidance_scale": 1.5}
+        can_guide = self.guide_unet is not None or self.null_class_id is not None
+        guidance = {"guidance_scale": 1.5} if can_guide else {}
         return {**super().example_call(), "num_inference_steps": 50, **guidance}
 
     def check_guidance(self, labels: Tensor | None, guidance_scale: float) -> None:
         """Raise ValueError, with what is allowed, for guidance that does not fit the model."""
         self.check_scale(guidance_scale)
-        if guidance_scale != 1 and labels is None:
+        if self.guide_unet is not None:
+            self.check_guide(self.guide_unet)
+        elif guidance_scale != 1 and labels is None:
             raise ValueError(
                 f"guidance_scale={guidance_scale} needs class_labels to guide towards; use 1 without them"
             )
-        if guidance_scale != 1 and self.null_class_id is None:
+        elif guidance_scale != 1 and self.null_class_id is None:
             raise ValueError(
                 f"guidance_scale={guidance_scale} needs a model that was trained with a null class (null_class=True "
                 "and labels left out at random); this one has none, so use guidance_scale=1"
@@ -127,10 +134,15 @@ class FlowMatchingPipeline(SamplingMixin, SelfContainedMixin, DiffusionPipeline)
         return [(low == 0 or sigma > low) and (high == 1 or sigma < high) for sigma in sigmas]
 
     def velocity(
-        self, x: Tensor, t: Tensor, labels: Tensor | None = None, micro_batch_size: int | None = None
+        self,
+        x: Tensor,
+        t: Tensor,
+        labels: Tensor | None = None,
+        micro_batch_size: int | None = None,
+        network: ModelMixin | None = None,
     ) -> Tensor:
         """dx / dsigma (B, ...) that the network tells at x (B, ...) and timestep t ()."""
-        output = in_micro_batches(self.unet, micro_batch_size, x, t, class_labels=labels)
+        output = in_micro_batches(network or self.unet, micro_batch_size, x, t, class_labels=labels)
         sigma, floor = t / self.scheduler.config.num_train_timesteps, self.config.sigma_floor
         if self.config.prediction_type == "sample":
             return (x - output) / sigma.clamp(min=floor)
@@ -170,7 +182,8 @@ class FlowMatchingPipeline(SamplingMixin, SelfContainedMixin, DiffusionPipeline)
                 scheduler's shift.
             solver: "euler" or "heun"; None leaves the scheduler's own.
             guidance_scale: w in uncond + w * (cond - uncond); 1 is plain conditional sampling,
-                without a second forward.
+                without a second forward. With a guide_unet its prediction, of the same class, takes
+                the place of uncond.
             guidance_interval: guide only where sigma lies strictly between low and high, or on an
                 end of the path that they reach; 0 is clean, 1 is pure noise.
             generator: one, or a list with one for each image: then an image does not depend on the
@@ -206,8 +219,10 @@ class FlowMatchingPipeline(SamplingMixin, SelfContainedMixin, DiffusionPipeline)
         micro_batch_size = micro_batch_size or self.default_micro_batch_size()
         if labels is None and self.null_class_id is not None:
             labels = torch.full((batch,), self.null_class_id, device=self._execution_device)
-        guided_labels = None  # (2 B,), uncond and cond
-        if guidance_scale != 1:
+        guided_labels = None  # (2 B,), uncond and cond; of a guide_unet (B,)
+        if self.guide_unet is not None:
+            guided_labels = labels if self.guide_unet.config.get("num_class_embeds") else None
+        elif guidance_scale != 1:
             guided_labels = torch.cat([torch.full_like(labels, self.null_class_id), labels])
 
         timesteps = self.prepare_sigmas(num_inference_steps, sigmas, solver)
@@ -218,9 +233,13 @@ class FlowMatchingPipeline(SamplingMixin, SelfContainedMixin, DiffusionPipeline)
                 if self.interrupt:
                     continue
                 if is_guided[i]:
-                    both = self.velocity(torch.cat([latents, latents]), t, guided_labels, micro_batch_size)
-                    uncond, cond = both.chunk(2)  # each (B, C, ...)
-                    velocity = uncond + guidance_scale * (cond - uncond)
+                    if self.guide_unet is None:
+                        both = self.velocity(torch.cat([latents, latents]), t, guided_labels, micro_batch_size)
+                        worse, better = both.chunk(2)  # each (B, C, ...)
+                    else:
+                        worse = self.velocity(latents, t, guided_labels, micro_batch_size, self.guide_unet)
+                        better = self.velocity(latents, t, labels, micro_batch_size)
+                    velocity = worse + guidance_scale * (better - worse)
                 else:
                     velocity = self.velocity(latents, t, labels, micro_batch_size)
                 latents = self.scheduler.step(velocity, t, latents, return_dict=False)[0]

@@ -32,6 +32,7 @@ from hf_diffusion.loop.generative import generative_trainer
 from hf_diffusion.loop.networks import new_denoiser
 from hf_diffusion.loop.start import run
 from hf_diffusion.loop.trainer import Trainer
+from hf_diffusion.losses.augmentation import AugmentationOptions, with_augmentation
 from hf_diffusion.losses.denoising import DenoisingObjective, DenoisingOptions
 from hf_diffusion.pipelines.pipeline_classifier_free_guidance import ClassifierFreeGuidancePipeline
 from hf_diffusion.schedulers.scheduling_gaussian import DDIMEtaScheduler, LinearDDPMScheduler
@@ -44,6 +45,7 @@ class DDPMConfig(
     NoiseScheduleOptions,
     DenoisingOptions,
     ClassOptions,
+    AugmentationOptions,
     LatentOptions,
     TrainingConfig,
     DataOptions,
@@ -84,10 +86,13 @@ class DDPMConfig(
             "nichol2021improved": improved or self.timestep_sampling == "loss_second_moment",
             # The U-Net, which points do without.
             "dhariwal2021diffusion": self.network == "adm" and self.dataset_name not in SHAPES,
-            "li2025back": self.network == "transformer",
+            "li2025back": self.network == "transformer"
+            or (self.prediction_type == "sample" and self.loss_weighting == "v"),
             "ho2022classifier": self.class_conditional and self.label_dropout > 0,
             "rombach2022high": self.vae is not None,
+            "karras2022elucidating": self.augment_probability > 0,
             "salimans2022progressive": self.prediction_type == "v_prediction",
+            "esser2024scaling": self.level_distribution == "logit_normal",
             "hang2023efficient": self.loss_weighting == "min_snr",
             "choi2022perception": self.loss_weighting == "p2",
             "lin2024common": self.rescale_betas_zero_snr,
@@ -128,7 +133,9 @@ def build(config: DDPMConfig, accelerator: Accelerator, data: TrainingData) -> T
     process = {**config.noise_schedule(), "prediction_type": config.prediction_type}
     network = started_from(config, data, build_network(config, data), process)
     scheduler = build_scheduler(config, data.is_bounded)
-    objective = DenoisingObjective(scheduler, network, config, config.learning_rate, accelerator)
+    objective = with_augmentation(
+        DenoisingObjective(scheduler, network, config, config.learning_rate, accelerator), config
+    )
     names = dict(enumerate(data.class_names)) if config.class_conditional else None
 
     def pipeline(network: nn.Module) -> ClassifierFreeGuidancePipeline:

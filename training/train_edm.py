@@ -26,6 +26,7 @@ from hf_diffusion.loop.generative import generative_trainer
 from hf_diffusion.loop.networks import new_denoiser
 from hf_diffusion.loop.start import run
 from hf_diffusion.loop.trainer import Trainer
+from hf_diffusion.losses.augmentation import AugmentationOptions, with_augmentation
 from hf_diffusion.losses.preconditioned import PreconditionedObjective, PreconditionedOptions
 from hf_diffusion.pipelines.pipeline_edm import EDMPipeline
 from hf_diffusion.schedulers.scheduling_edm import EDMHeunScheduler
@@ -33,7 +34,14 @@ from hf_diffusion.schedulers.scheduling_edm import EDMHeunScheduler
 
 @dataclass(kw_only=True)
 class EDMConfig(
-    MeasureOptions, DenoiserOptions, PreconditionedOptions, ClassOptions, LatentOptions, TrainingConfig, DataOptions
+    MeasureOptions,
+    DenoiserOptions,
+    PreconditionedOptions,
+    ClassOptions,
+    AugmentationOptions,
+    LatentOptions,
+    TrainingConfig,
+    DataOptions,
 ):
     """Train a preconditioned denoiser, with or without classes."""
 
@@ -97,7 +105,7 @@ def build_network(config: EDMConfig, data: TrainingData) -> nn.Module:
 def build(config: EDMConfig, accelerator: Accelerator, data: TrainingData) -> Trainer:
     """The trainer of a network, which users get with its sampler and the names of the classes."""
     network = started_from(config, data, build_network(config, data))
-    objective = PreconditionedObjective(network, config, config.learning_rate)
+    objective = with_augmentation(PreconditionedObjective(network, config, config.learning_rate), config)
     names = dict(enumerate(data.class_names)) if config.class_conditional else None
 
     def pipeline(network: nn.Module) -> EDMPipeline:

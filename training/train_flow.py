@@ -27,6 +27,7 @@ from hf_diffusion.loop.generative import generative_trainer
 from hf_diffusion.loop.networks import new_denoiser
 from hf_diffusion.loop.start import run
 from hf_diffusion.loop.trainer import Trainer
+from hf_diffusion.losses.augmentation import AugmentationOptions, with_augmentation
 from hf_diffusion.losses.flow import FlowMatchingObjective, FlowMatchingOptions
 from hf_diffusion.pipelines.pipeline_flow_matching import FlowMatchingPipeline
 from hf_diffusion.schedulers.scheduling_flow import FlowMatchingScheduler, resolution_shift
@@ -38,6 +39,7 @@ class FlowConfig(
     DenoiserOptions,
     FlowMatchingOptions,
     ClassOptions,
+    AugmentationOptions,
     LatentOptions,
     TrainingConfig,
     DataOptions,
@@ -71,6 +73,7 @@ class FlowConfig(
             "dhariwal2021diffusion": self.network == "adm" and self.dataset_name not in SHAPES,
             "ho2022classifier": self.class_conditional and self.label_dropout > 0,
             "rombach2022high": self.vae is not None,
+            "karras2022elucidating": self.augment_probability > 0,
             "esser2024scaling": sd3 or self.loss_weighting != "uniform",
             "li2025back": self.prediction_type == "sample" or self.network == "transformer",
             "li2025improved": self.pairing == "knn",
@@ -107,7 +110,7 @@ def build(config: FlowConfig, accelerator: Accelerator, data: TrainingData) -> T
         )
     network = started_from(config, data, build_network(config, data))
     scheduler = build_scheduler(config, data)
-    objective = FlowMatchingObjective(scheduler, network, config, config.learning_rate)
+    objective = with_augmentation(FlowMatchingObjective(scheduler, network, config, config.learning_rate), config)
     names = dict(enumerate(data.class_names)) if config.class_conditional else None
     training = {name: getattr(config, name) for name in ("prediction_type", "sigma_floor", "noise_scale")}
 

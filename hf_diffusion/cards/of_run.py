@@ -4,7 +4,7 @@ import logging
 import os
 import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +43,8 @@ class RunFacts:
     parameters: of the network that users get.
     skipped: steps without an update.
     evaluations: of the weights that the card is about; None where they were not measured.
+    of_averages: those of the averages that were compared, by their decays. decay: of the average
+    that the card is about, where several were kept.
     started_from: the trained model that the run began with.
     """
 
@@ -57,6 +59,8 @@ class RunFacts:
     joules: Mapping[str, float] = field(default_factory=dict)
     skipped: int = 0
     evaluations: Sequence[Evaluation] | None = None
+    of_averages: Mapping[float, Evaluation] = field(default_factory=dict)
+    decay: float | None = None
     started_from: str | None = None
 
 
@@ -78,7 +82,7 @@ def write_run_card(
         data=facts.data,
         training=_training(facts),
         pipeline=pipeline,
-        metrics=_metrics(facts.evaluations),
+        metrics=_metrics(facts),
         images=captions | (pictures.captions if pictures else {}),
         curve=CURVE if (folder / CURVE).is_file() else None,
         nearest=pictures.nearest if pictures else None,
@@ -147,6 +151,7 @@ def _training(facts: RunFacts) -> dict[str, Any]:
         "wall_time_s": round(facts.wall_time_s, 1),
         "energy": dict(facts.joules),
         "parameters": facts.parameters,
+        "decay_of_the_average": facts.decay,
         "skipped_steps": facts.skipped,
         **environment(),
     }
@@ -171,7 +176,12 @@ def _short(value: Any) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def _metrics(evaluations: Sequence[Evaluation] | None) -> dict[str, dict] | None:
-    if not evaluations:
+def _metrics(facts: RunFacts) -> dict[str, dict] | None:
+    if not facts.evaluations:
         return None
-    return card_results([{"settings": {}, "measures": e.measures, "protocol": e.protocol} for e in evaluations])
+    by_setting = [({}, evaluation) for evaluation in facts.evaluations]
+    # of the others the measure alone that has chosen
+    for decay, evaluation in facts.of_averages.items():
+        chosen_by = {facts.config.ema_metric: evaluation.measures[facts.config.ema_metric]}
+        by_setting.append(({"average_of_decay": decay}, replace(evaluation, measures=chosen_by)))
+    return card_results([{"settings": s, "measures": e.measures, "protocol": e.protocol} for s, e in by_setting])

@@ -43,7 +43,7 @@ def option(
     at_least: float | None = None,
     below: float | None = None,
     at_most: float | None = None,
-    tied: bool | None = True,
+    tied: bool | str | None = True,
     once: bool = False,
     is_path: bool = False,
     often: bool = False,
@@ -56,7 +56,8 @@ def option(
     name.
     repeatable: for a tuple; each use of the flag adds one element, in which commas are just commas.
     tied: False lets a resumed run change a setting of the method, and says so; None is of no
-    concern to training. See `resuming`.
+    concern to training. "state": a checkpoint holds something of it, so that it cannot change in
+    any class. See `resuming`.
     once: the setting belongs to one start of a run; the file that repeats the run does not have it.
     is_path: the text may be the path of a local file or folder, in which ~ is the user's home.
     often: the plain --help shows it; where a configuration has such options, the others are left to

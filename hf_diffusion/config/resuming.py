@@ -27,13 +27,14 @@ def changeable_settings(config: Any) -> dict[str, Any]:
         # a group lasts to the next
         group = field.metadata.get("group") or group
         noted = group in CHANGEABLE or (_of_the_family(config, field) and field.metadata.get("tied") is False)
-        if noted and field.name not in KEPT_AS_TOTALS:
+        if noted and not _is_tied(config, field) and field.name not in KEPT_AS_TOTALS:
             found[field.name] = values[field.name]
     return found
 
 
 def _is_tied(config: Any, field: dataclasses.Field) -> bool:
-    return _of_the_family(config, field) and field.metadata.get("tied", True) is True
+    tied = field.metadata.get("tied", True)
+    return tied == "state" or (tied is True and _of_the_family(config, field))
 
 
 def _of_the_family(config: Any, field: dataclasses.Field) -> bool:

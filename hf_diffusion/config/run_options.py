@@ -121,6 +121,13 @@ class TrainingConfig:
         above=0,
         often=True,
     )
+    # What it saves in steps it may cost in their time; measure before a long run.
+    optimizer: Literal["adamw", "muon"] = option(
+        "adamw",
+        "muon moves the matrices within the network's blocks, convolutions included, by orthogonalised steps as long "
+        "as those of AdamW, which keeps the rest",
+        tied="state",
+    )
     # Constant and then down to 0: the decay takes out the noise that a constant rate leaves in the
     # weights, and the length of the run need not be known until the decay begins.
     lr_scheduler: Literal["constant", "linear", "cosine", "trapezoid"] = option(
@@ -153,6 +160,18 @@ class TrainingConfig:
     )
     ema_max_decay: float = option(
         0.9999, "highest decay of the average; a short run wants less, such as 0.999", at_least=0, below=1
+    )
+    # Each is one more copy of the weights, and which is best shows when all is learned.
+    ema_max_decays: tuple[float, ...] = option(
+        (),
+        "keep averages of these highest decays, too, such as 0.99,0.999: at the end the one that is best by "
+        "ema_metric becomes the model; until then ema_max_decay is drawn from",
+        at_least=0,
+        below=1,
+        tied="state",
+    )
+    ema_metric: str = option(
+        "fd", "measure that chooses among the averages of ema_max_decays, by its name in metrics.jsonl", tied=None
     )
     # The decay at step n is 1 - (1 + n / inv_gamma) ** -power, so that the first, random weights
     # are forgotten soon.
@@ -313,6 +332,11 @@ class TrainingConfig:
             raise ValueError(
                 f"max_train_minutes plans the length while it trains, and lr_scheduler {self.lr_scheduler} must know "
                 "it from the first step on; give trapezoid or constant, or max_train_steps"
+            )
+        if self.ema_max_decays and not self.use_ema:
+            raise ValueError(
+                f"ema_max_decays {', '.join(map(str, self.ema_max_decays))} are averages, and use_ema is off; leave "
+                "one of the two out"
             )
         if not self.output_dir:
             raise ValueError("output_dir is empty; give a folder")

@@ -12,7 +12,15 @@ from hf_diffusion.config.coercion import coerce
 from hf_diffusion.config.options import UsageError
 from hf_diffusion.evaluation.options import EvaluationOptions
 from hf_diffusion.sampling.drawing import call_options, sampling_options
-from hf_diffusion.sampling.loading import SCHEDULERS, guided_by, load_for_sampling, replace_scheduler
+from hf_diffusion.sampling.loading import (
+    SCHEDULERS,
+    check_scale_is_given,
+    guided_by,
+    kind_of_guidance,
+    load_for_sampling,
+    replace_scheduler,
+)
+from hf_diffusion.sampling.speed import speed_up
 
 
 # Settings that are no arguments of the pipeline's call.
@@ -29,10 +37,13 @@ class SweptPipeline:
     def __init__(self, options: EvaluationOptions):
         plain = load_for_sampling(replace(options, guide_by=None))
         self.by_guidance = {"classifier_free": plain}
+        self.pipeline = plain
         if options.guide_by is not None:
-            kind = "clip" if "clip" in plain.components else "classifier"
-            self.by_guidance[kind] = guided_by(plain, options.guide_by).to(plain.device)
-        self.pipeline = self.by_guidance.get("classifier", plain)
+            self.pipeline = guided_by(plain, options.guide_by).to(plain.device)
+            self.by_guidance[kind_of_guidance(self.pipeline)] = self.pipeline
+            check_scale_is_given(self.pipeline, options, [text.partition("=")[0] for text in options.sweep])
+            if options.fast:
+                speed_up(self.pipeline)
         self.scheduler = plain.scheduler
         self.fixed = call_options(self.pipeline, options)
         swept = dict(self._values(text) for text in options.sweep)
@@ -55,7 +66,9 @@ class SweptPipeline:
         """Name and values of one --sweep; UsageError for what cannot be varied."""
         name, _, words = text.partition("=")
         if name == "guidance" and len(self.by_guidance) < 2:
-            raise UsageError(f"--sweep {text}: comparing kinds of guidance needs --guide_by, the classifier or clip")
+            raise UsageError(
+                f"--sweep {text}: comparing kinds of guidance needs --guide_by, a classifier, clip or checkpoint"
+            )
         choices = {"guidance": self.by_guidance, "scheduler": SCHEDULERS, "timestep_spacing": SPACINGS}.get(name)
         if choices is None:
             convert = self._converter(name, text)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from hf_diffusion.config.run_options import TrainingConfig
+from hf_diffusion.hub.checkpoint_files import AVERAGE
 from hf_diffusion.loop.engines import full_tensor, parallelism, written_class
 
 
@@ -83,16 +84,27 @@ class SharedNetwork:
 
     def __init__(self, config: TrainingConfig, accelerator: Accelerator, network: nn.Module):
         self.accelerator, self.network = accelerator, network
-        self.average: AveragedWeights | None = None
-        if config.use_ema:
-            self.average = AveragedWeights(
+        # Of `averages`, by their highest decays, the one that users get.
+        self.decay = config.ema_max_decay
+        self.averages = {
+            decay: AveragedWeights(
                 network.parameters(),
-                decay=config.ema_max_decay,
+                decay=decay,
                 use_ema_warmup=True,
                 inv_gamma=config.ema_inv_gamma,
                 power=config.ema_power,
                 foreach=True,
             )
+            for decay in ((config.ema_max_decay, *config.ema_max_decays) if config.use_ema else ())
+        }
+        named = {f"{AVERAGE}_{decay}": self.averages[decay] for decay in config.ema_max_decays}
+        # What of it joins the checkpoints, by name.
+        self.states = ({} if self.average is None else {AVERAGE: self.average}) | named
+
+    @property
+    def average(self) -> AveragedWeights | None:
+        """The average that users get; None where none is kept."""
+        return self.averages.get(self.decay)
 
     @property
     def parameters(self) -> int:
@@ -112,15 +124,18 @@ class SharedNetwork:
         return parallelism(self.accelerator) == "FSDP"
 
     def update(self) -> None:
-        """Take the weights of now into the average."""
-        if self.average is not None:
-            self.average.step(self.network.parameters())
+        """Take the weights of now into the averages."""
+        for average in self.averages.values():
+            average.step(self.network.parameters())
 
-    def copy(self) -> nn.Module:
-        """What users get: the averaged weights, or the raw ones where no average is kept."""
+    def copy(self, decay: float | None = None) -> nn.Module:
+        """What users get: the averaged weights, or the raw ones where no average is kept.
+
+        `decay` asks for another average.
+        """
         network = self.raw_copy()
-        if self.average is not None:
-            self.average.copy_to(network.parameters())
+        if self.averages:
+            self.averages[self.decay if decay is None else decay].copy_to(network.parameters())
         return network
 
     def raw_copy(self) -> nn.Module:

@@ -18,17 +18,13 @@ from safetensors import SafetensorError
 
 from hf_diffusion.config.resuming import differences
 from hf_diffusion.files import sha256
+from hf_diffusion.hub.checkpoint_files import MANIFEST, BadCheckpoint, read_manifest
 from hf_diffusion.loop.engines import DATA_PARALLEL, SHARDED
 from hf_diffusion.loop.states import Stateful, write_state
 
 
 logger = logging.getLogger(__name__)
-MANIFEST = "manifest.json"
 NAME = re.compile(r"checkpoint-(\d+)")
-
-
-class BadCheckpoint(ValueError):
-    """A checkpoint that is incomplete, damaged, or of another run."""
 
 
 class SaveFailed(OSError):
@@ -173,28 +169,6 @@ def latest_checkpoint(output_dir: Path) -> Path | None:
     return None
 
 
-def read_manifest(folder: Path) -> dict:
-    """The manifest of a checkpoint after comparing every file with it.
-
-    BadCheckpoint says what is missing or damaged.
-    """
-    try:
-        manifest = json.loads((folder / MANIFEST).read_text())
-        files = dict(manifest["files"])
-        int(manifest["step"])
-    except (OSError, ValueError, KeyError, TypeError):
-        raise BadCheckpoint(
-            f"{folder} is no whole checkpoint of this package: its {MANIFEST} is missing or damaged"
-        ) from None
-    for name, checksum in files.items():
-        path = folder / name
-        if not path.is_file() or sha256(path) != checksum:
-            raise BadCheckpoint(
-                f"{folder} is damaged: {name} is {'different from what was saved' if path.is_file() else 'missing'}"
-            )
-    return manifest
-
-
 def find_checkpoint(output_dir: Path, asked: str) -> Path | None:
     """The checkpoint that `--resume_from_checkpoint` means: `latest` (None where there is none yet)
     or a folder.
@@ -258,7 +232,9 @@ def check_same_run(folder: Path, run: dict) -> dict:
             f"{folder} is past the end of a run of {total} steps; give a larger max_train_steps, or an earlier "
             "checkpoint"
         )
-    settings = differences(manifest.get("settings", {}), now.pop("settings", {}))
+    # versions before 0.3 had one optimizer and one average, and said neither
+    before = {"optimizer": "adamw", "ema_max_decays": [], **manifest.get("settings", {})}
+    settings = differences(before, now.pop("settings", {}))
     differing = differences({**dict.fromkeys(now), "engine": DATA_PARALLEL, **manifest}, now) + settings
     if differing:
         raise BadCheckpoint(

@@ -33,7 +33,7 @@ def dry_run(trainer: Trainer, build_faster: Callable[[], Trainer] | None = None)
         **data.summary(),
         "parameters": f"{trainer.shared.parameters:,}",
         "steps": f"{trainer.total_steps} of {trainer.global_batch} {data.kind}{_passes(trainer)}",
-        "memory a process": f"{in_bytes(state_bytes(trainer))} for weights, gradients, AdamW and average + "
+        "memory a process": f"{in_bytes(state_bytes(trainer))} for weights, gradients, optimizer and averages + "
         f"{in_bytes(activations)} activations",
         "time": f"{in_time(seconds * trainer.total_steps)} at {seconds:.3f} s a step ({TIMED_STEPS} steps measured "
         f"on this {device.type}; sampling and checkpoints not counted)",

@@ -108,6 +108,11 @@ def check_engine(accelerator: Accelerator, config: TrainingConfig) -> None:
         raise ValueError(
             f"{name} measures a whole network on every process; run it without {parallelism(accelerator)}"
         )
+    if config.optimizer == "muon" and parallelism(accelerator) != DATA_PARALLEL:
+        raise ValueError(
+            f"optimizer muon needs whole matrices on every process, and {parallelism(accelerator)} divides them; give "
+            "adamw, or train without it"
+        )
     if parallelism(accelerator) == "FSDP" and config.push_to_hub and config.hub_strategy != "end":
         raise ValueError(
             f"hub_strategy {config.hub_strategy} needs the whole network on one process in the middle of the run, "

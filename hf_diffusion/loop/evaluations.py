@@ -1,6 +1,6 @@
 """Measures in the middle of a run and at its end, and the best model by one of them."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -35,6 +35,8 @@ class Evaluations:
         # the last results, and the step that they are of
         self.results: list[Evaluation] = []
         self.step: int | None = None
+        # of the averages that `choose` has compared, by their decays
+        self.of_averages: dict[float, Evaluation] = {}
 
     def of(self, step: int) -> list[Evaluation] | None:
         """The results of a step; None where it was not measured."""
@@ -49,22 +51,59 @@ class Evaluations:
         if not self.evaluators:
             return
         network = copy()
+        results = self._results(f"step {step}", network, stop)
+        if results is not None:
+            self._keep(step, network, results)
+
+    def choose(
+        self, step: int, copies: Mapping[float, Callable[[], nn.Module]], metric: str, stop: StopSignal
+    ) -> float | None:
+        """The decay whose average is best by a metric, of `copies` by their decays; its results are
+        those of the step.
+
+        The first where none can be measured; None after a signal.
+        """
+        best, results = None, {}
+        for decay, copy in copies.items():
+            found = self._results(f"average of decay {decay}", copy(), stop)
+            if found is None:
+                return None
+            of_metric = next((result for result in found if metric in result.measures), None)
+            if of_metric is None:
+                continue
+            results[decay], self.of_averages[decay] = found, of_metric
+            measure = of_metric.measures[metric]
+            self.progress.say(f"average of decay {decay}: {measure.name} {with_error(measure)}")
+            self.log.write(step, {f"{metric}_of_average_{decay}": measure.value})
+            if best is None or measure.beats(self.of_averages[best].measures[metric].value):
+                best = decay
+        if best is None:
+            return next(iter(copies))
+        self.progress.say(f"the average of decay {best} is best by {metric}, and becomes the model")
+        self._keep(step, copies[best](), results[best])
+        return best
+
+    def _results(self, what: str, network: nn.Module, stop: StopSignal) -> list[Evaluation] | None:
+        """What the evaluators find; nothing where it cannot be measured, None after a signal."""
         try:
-            self.results = [evaluate(network, stop.anywhere) for evaluate in self.evaluators]
+            return [evaluate(network, stop.anywhere) for evaluate in self.evaluators]
         except EvaluationStopped:
-            return
+            return None
         # of all processes at once; a bad step is no reason to end a run of days
         except ValueError as error:
-            self.progress.say(f"step {step}: nothing could be measured: {error}")
-            self.results = []
-        self.step = step
-        for result in self.results:
+            self.progress.say(f"{what}: nothing could be measured: {error}")
+            return []
+
+    def _keep(self, step: int, network: nn.Module, results: list[Evaluation]) -> None:
+        """Log and show the results of a step, and keep the model if it is the best."""
+        self.results, self.step = results, step
+        for result in results:
             self.log.write(step, result.numbers(), result.protocol)
-        measures = [measure for result in self.results for measure in result.measures.values()]
+        measures = [measure for result in results for measure in result.measures.values()]
         if measures:
             found = ", ".join(f"{measure.name} {with_error(measure)}" for measure in measures)
             self.progress.say(f"step {step}: {found}")
-        if self.best is not None and self.results:
+        if self.best is not None and results:
             self._offer(step, network)
         self.accelerator.wait_for_everyone()
 

@@ -12,14 +12,13 @@ import torch
 from accelerate import PartialState
 from diffusers import DiffusionPipeline
 from huggingface_hub import file_exists
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from hf_diffusion.config.run_options import TrainingConfig
 from hf_diffusion.data.protocol import TrainingData
+from hf_diffusion.hub.checkpoint_files import MANIFEST, BadCheckpoint, read_network
 from hf_diffusion.hub.loading import load_pipeline
-from hf_diffusion.loop.checkpoints import MANIFEST, latest_checkpoint, read_manifest
-from hf_diffusion.loop.states import AVERAGE, read_state
+from hf_diffusion.loop.checkpoints import latest_checkpoint
 
 
 # How a network's config calls the number of its classes.
@@ -210,25 +209,19 @@ def _tensors_of_classes(cls: type, settings: dict[str, Any]) -> set[str]:
 
 
 def _of_checkpoint(folder: Path, wanted: Sequence[type], wrapper: tuple[type, str] | None) -> Trained:
-    manifest = read_manifest(folder)
-    described = manifest.get("network")
-    if described is None:
-        raise ValueError(
-            f"init_from {folder} is a checkpoint of an earlier version, which does not describe its network; give the "
-            "pipeline that the run has saved"
-        )
     held = () if wrapper is None else wrapper[:1]
-    cls = next((cls for cls in (*wanted, *held) if cls.__name__ == described["class"]), None)
-    if cls is None:
-        raise ValueError(f"init_from {folder} has a {described['class']}, and this run trains a {_spoken(wanted)}")
-    network = cls.from_config(described["config"])
-    network.load_state_dict(load_file(folder / "model.safetensors"))
-    if (folder / f"{AVERAGE}.json").is_file():
-        averages = read_state(folder, AVERAGE)["shadow_params"]
-        with torch.no_grad():
-            for parameter, average in zip(network.parameters(), averages, strict=True):
-                parameter.copy_(average)
-    if cls in held:
+
+    def class_of(name: str) -> type[nn.Module]:
+        cls = next((cls for cls in (*wanted, *held) if cls.__name__ == name), None)
+        if cls is None:
+            raise ValueError(f"init_from {folder} has a {name}, and this run trains a {_spoken(wanted)}")
+        return cls
+
+    try:
+        network, manifest = read_network(folder, class_of)
+    except BadCheckpoint as error:
+        raise ValueError(f"init_from {error}") from error
+    if isinstance(network, held):
         network = getattr(network, wrapper[1])
         if not isinstance(network, tuple(wanted)):
             raise ValueError(

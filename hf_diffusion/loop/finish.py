@@ -91,5 +91,7 @@ def facts_of(trainer: Trainer, command: Sequence[str], data_facts: dict) -> RunF
         joules=trainer.joules,
         skipped=trainer.updater.skipped,
         evaluations=trainer.evaluations.of(trainer.step),
+        of_averages=trainer.evaluations.of_averages,
+        decay=trainer.shared.decay if len(trainer.shared.averages) > 1 else None,
         started_from=published(getattr(trainer.config, "init_from", None)),
     )

@@ -97,11 +97,13 @@ def sample_evaluators(
 
 
 def check_best_metric(config: TrainingConfig, evaluators: Sequence[Evaluator]) -> None:
-    """ValueError for a best_metric that nothing measures."""
+    """ValueError for a best_metric, or an ema_metric that has to choose, that nothing measures."""
     keys = [key for evaluator in evaluators for key in evaluator.keys]
-    if config.best_metric is not None and config.best_metric not in keys:
-        measured = f"is none of what is measured: {', '.join(keys)}" if keys else "needs something that is measured"
-        raise ValueError(f"best_metric {config.best_metric} {measured}; see --help for eval_metrics and eval_split")
+    measured = f"is none of what is measured: {', '.join(keys)}" if keys else "needs something that is measured"
+    wanted = {"best_metric": config.best_metric, "ema_metric": config.ema_metric if config.ema_max_decays else None}
+    for setting, name in wanted.items():
+        if name is not None and name not in keys:
+            raise ValueError(f"{setting} {name} {measured}; see --help for eval_metrics and eval_split")
 
 
 def sample_grid(

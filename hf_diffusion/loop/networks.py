@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from hf_diffusion.data.protocol import TrainingData
+from hf_diffusion.losses.augmentation import AUGMENT_DIM
 from hf_diffusion.models.mlp_points import PointDenoiser
 from hf_diffusion.models.transformer_pixel import PixelTransformer2DModel
 from hf_diffusion.models.unet_adm import ADMUNet2DModel
@@ -23,6 +24,13 @@ def new_denoiser(config: Any, data: TrainingData, out_channels: int, **of_unet: 
         "num_class_embeds": classes,
         "null_class": classes is not None and config.label_dropout > 0,
     }
+    if getattr(config, "augment_probability", 0) > 0:
+        if data.kind != "images":
+            raise ValueError(
+                f"augment_probability {config.augment_probability} transforms images, and {data.name} are "
+                f"{data.kind}; leave it out"
+            )
+        known["augment_dim"] = AUGMENT_DIM
     torch.manual_seed(config.seed)
     if data.kind == "points":
         return PointDenoiser(**config.mlp_shape(data.sample_shape), **known)

@@ -36,9 +36,11 @@ def measure(trainer: Trainer) -> tuple[float, int]:
 
 
 def state_bytes(trainer: Trainer) -> int:
-    """Bytes of weights, gradients, two moments of AdamW, and the average."""
-    trained = sum(p.numel() for player in trainer.objective.players for p in player.network.parameters())
-    return 4 * (4 * trained + (trainer.shared.parameters if trainer.shared.average is not None else 0))
+    """Bytes of weights, gradients, the optimizer's means, and the averages."""
+    groups = [group for player in trainer.objective.players for group in player.optimizer.param_groups]
+    # Muon keeps one mean of a matrix, all else two of a number.
+    trained = sum((3 if "momentum" in group else 4) * p.numel() for group in groups for p in group["params"])
+    return 4 * (trained + len(trainer.shared.averages) * trainer.shared.parameters)
 
 
 def in_time(seconds: float) -> str:

@@ -10,14 +10,12 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
+from hf_diffusion.hub.checkpoint_files import TENSOR, read_state
 
-# The name of the averaged weights among the states.
-AVERAGE = "average"
-# Stands in the JSON where a tensor was.
-TENSOR = "tensor"
+
 # What versions before 0.3 wrote by accelerate, which would unpickle it without a look.
 PICKLED = re.compile(r"custom_checkpoint_(\d+)\.pkl")
 
@@ -38,12 +36,6 @@ def write_state(folder: Path, name: str, state: dict[str, Any]) -> None:
     plain = _without_tensors(state, "", tensors)
     save_file(tensors, folder / f"{name}.safetensors")
     (folder / f"{name}.json").write_text(json.dumps(plain, indent=1))
-
-
-def read_state(folder: Path, name: str) -> dict[str, Any]:
-    """What `write_state` has written."""
-    tensors = load_file(folder / f"{name}.safetensors")
-    return _with_tensors(json.loads((folder / f"{name}.json").read_text()), tensors)
 
 
 def read_states(folder: Path, states: Mapping[str, Stateful]) -> None:
@@ -94,14 +86,4 @@ def _without_tensors(value: Any, place: str, tensors: dict[str, Tensor]) -> Any:
         return {key: _without_tensors(part, f"{place}.{key}".strip("."), tensors) for key, part in value.items()}
     if isinstance(value, list | tuple):
         return [_without_tensors(part, f"{place}.{i}", tensors) for i, part in enumerate(value)]
-    return value
-
-
-def _with_tensors(value: Any, tensors: dict[str, Tensor]) -> Any:
-    if isinstance(value, dict):
-        if set(value) == {TENSOR}:
-            return tensors[value[TENSOR]]
-        return {key: _with_tensors(part, tensors) for key, part in value.items()}
-    if isinstance(value, list):
-        return [_with_tensors(part, tensors) for part in value]
     return value

@@ -7,6 +7,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -34,7 +35,7 @@ from hf_diffusion.loop.output_folder import CONFIG
 from hf_diffusion.loop.previews import Previews
 from hf_diffusion.loop.reporting import MetricsLog, Progress, RunningMeans, Stopwatch
 from hf_diffusion.loop.signals import StopSignal
-from hf_diffusion.loop.states import AVERAGE, Stateful
+from hf_diffusion.loop.states import Stateful
 from hf_diffusion.loop.update import Micro, Updater, prepare_player
 from hf_diffusion.losses.objective import Objective
 from hf_diffusion.randomness import BLOCK, BatchOrder, Draw
@@ -92,7 +93,7 @@ class Trainer:
         self.after_save: Callable[[], None] | None = None
         # beside networks and optimizers; in this order they are in older checkpoints
         states: dict[str, Stateful] = {f"objective_{i}": state for i, state in enumerate(objective.state)}
-        states |= {} if self.shared.average is None else {AVERAGE: self.shared.average}
+        states |= self.shared.states
         identity = {
             "seed": config.seed,
             "global_batch": self.global_batch,
@@ -273,12 +274,19 @@ class Trainer:
 
         False if a signal cut them short.
         """
+        if len(self.shared.averages) > 1:
+            copies = {decay: partial(self.shared.copy, decay) for decay in self.shared.averages}
+            decay = self.evaluations.choose(self.step, copies, self.config.ema_metric, stop)
+            if decay is None:
+                return False
+            self.shared.decay = decay
         is_main = self.accelerator.is_main_process
         network = self.shared.copy() if is_main or self.shared.is_sharded else None
         if is_main:
             self.export(network, self.output_dir)
         self.previews.draw(self.step, self.shared.copies, stop)
-        self._evaluate(stop)
+        if self.evaluations.of(self.step) is None:
+            self._evaluate(stop)
         self.log.draw()
         self.accelerator.wait_for_everyone()
         return not self.evaluations.evaluators or self.evaluations.step == self.step

@@ -3,7 +3,7 @@ not finite.
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -15,6 +15,7 @@ from hf_diffusion.config.run_options import TrainingConfig
 from hf_diffusion.loop.averages import SharedNetwork, is_of_transformers
 from hf_diffusion.loop.engines import compile_options, full_tensor, parallelism
 from hf_diffusion.loop.learning_rate import lr_factor
+from hf_diffusion.loop.muon import Muon
 from hf_diffusion.loop.nonfinite import TrainingDiverged, bad_rows_in_words, check_loss_scale
 from hf_diffusion.loop.reporting import Progress, RunningMeans
 from hf_diffusion.losses.objective import Objective, Player, Values
@@ -22,6 +23,14 @@ from hf_diffusion.randomness import Draw, derive_seed
 
 
 Micro = tuple[int, dict[str, Tensor], Draw]
+# Called with the network, and lr, betas, eps and weight_decay by name.
+OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
+    "adamw": lambda network, **options: torch.optim.AdamW(network.parameters(), fused=True, **options),
+    "radam": lambda network, **options: torch.optim.RAdam(
+        network.parameters(), decoupled_weight_decay=True, **options
+    ),
+    "muon": Muon.of,
+}
 
 
 class Updater:
@@ -191,9 +200,13 @@ class Updater:
 
 
 def build_optimizer(config: TrainingConfig, player: Player) -> torch.optim.Optimizer:
-    """The player's optimizer; AdamW with adam_weight_decay 0 is plain Adam."""
-    return player.make_optimizer(
-        player.network.parameters(),
+    """The player's optimizer; AdamW with adam_weight_decay 0 is plain Adam.
+
+    What is trained beside the network that users get has AdamW in the place of Muon.
+    """
+    name = "adamw" if config.optimizer == "muon" and not player.is_averaged else config.optimizer
+    return OPTIMIZERS[name](
+        player.network,
         lr=player.learning_rate,
         betas=(config.adam_beta1, config.adam_beta2),
         weight_decay=config.adam_weight_decay,

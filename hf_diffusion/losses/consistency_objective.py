@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from hf_diffusion.config.options import option
 from hf_diffusion.losses import consistency as losses
 from hf_diffusion.losses.noise_levels import stratified
-from hf_diffusion.losses.objective import OPTIMIZERS, Objective, Player, Values
+from hf_diffusion.losses.objective import Objective, Player, Values
 from hf_diffusion.randomness import Draw, FixedDraw
 
 
@@ -83,7 +83,9 @@ class ConsistencyOptions:
     )
     rho: float = option(7.0, "how the levels are spaced: evenly in sigma^(1/rho)", above=0)
     sigma_data: float = option(0.5, "standard deviation of the data, where init_from does not say it", above=0)
-    optimizer: Literal["radam", "adamw"] = option("radam", "radam, as in the papers, or adamw")
+    optimizer: Literal["radam", "adamw", "muon"] = option(
+        "radam", "radam, as in the papers, adamw, or muon for the matrices within blocks", tied="state"
+    )
 
     def check(self) -> None:
         """ValueError for settings that contradict each other."""
@@ -193,8 +195,7 @@ class ConsistencyObjective(Objective):
         self.target = None
         if options.published("target_ema") > 0:
             self.target = copy.deepcopy(network).to(device).requires_grad_(False)
-        optimizer = OPTIMIZERS[options.optimizer]
-        self.player = Player(network, self.values, learning_rate, make_optimizer=optimizer)
+        self.player = Player(network, self.values, learning_rate)
         super().__init__(self.player, state=(self.curriculum, *([self.target] if self.target is not None else [])))
 
     def chosen_distance(self) -> losses.Distance:

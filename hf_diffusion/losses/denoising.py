@@ -12,8 +12,9 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from hf_diffusion.config.options import option
+from hf_diffusion.losses.augmentation import told
 from hf_diffusion.losses.gaussian import hybrid_loss, loss_weight, simple_loss, vlb_loss
-from hf_diffusion.losses.noise_levels import LossSecondMomentSampler, antithetic, stratified, timesteps
+from hf_diffusion.losses.noise_levels import LossSecondMomentSampler, antithetic, logit_normal, stratified, timesteps
 from hf_diffusion.losses.objective import Objective, Player, Values
 from hf_diffusion.randomness import Draw, FixedDraw
 
@@ -40,6 +41,11 @@ class DenoisingOptions:
     timestep_sampling: Literal["uniform", "stratified", "antithetic", "loss_second_moment"] = option(
         "stratified", "how a batch's timesteps are drawn"
     )
+    level_distribution: Literal["uniform", "logit_normal"] = option(
+        "uniform", "density of the timesteps in training; logit_normal is that of Stable Diffusion 3"
+    )
+    logit_mean: float = option(0.0, "mean of logit_normal; above 0 trains on more noise")
+    logit_std: float = option(1.0, "standard deviation of logit_normal", above=0)
     objective: Literal["simple", "hybrid", "vlb"] = option(
         "simple", "simple: error of the prediction; vlb: variational bound; hybrid: simple + vlb_weight * vlb"
     )
@@ -47,7 +53,10 @@ class DenoisingOptions:
         "fixed_small", "variance of ancestral sampling; the learned ones need objective hybrid or vlb"
     )
     vlb_weight: float = option(0.001, "weight of the variational bound in objective hybrid", above=0)
-    loss_weighting: Literal["uniform", "min_snr", "p2"] = option("uniform", "weight of the timesteps in the loss")
+    # With sample it is the loss of JiT: the network predicts x_0, which it can, and v is compared.
+    loss_weighting: Literal["uniform", "min_snr", "p2", "v"] = option(
+        "uniform", "weight of the timesteps in the loss; v makes it the error of v, whatever is predicted"
+    )
     min_snr_gamma: float = option(5.0, "cap on the signal-to-noise ratio of min_snr", above=0)
     p2_gamma: float = option(1.0, "exponent of p2", at_least=0)
     p2_k: float = option(1.0, "offset of p2", above=0)
@@ -59,6 +68,11 @@ class DenoisingOptions:
 
     def check(self) -> None:
         """ValueError for settings that contradict each other."""
+        if self.timestep_sampling == "loss_second_moment" and self.level_distribution != "uniform":
+            raise ValueError(
+                f"timestep_sampling loss_second_moment and level_distribution {self.level_distribution} both say how "
+                "often a timestep comes; give one"
+            )
         if self.learns_variance and self.objective == "simple":
             raise ValueError(
                 f"variance_type {self.variance_type} is trained by the variational bound only; give --objective "
@@ -103,7 +117,10 @@ class DenoisingObjective(Objective):
         if weighs:
             t, factor = self.importance.sample(draw.uniform())
         else:
-            t = timesteps(draw.level(SPREADS.get(self.options.timestep_sampling)), self.num_timesteps)
+            u = draw.level(SPREADS.get(self.options.timestep_sampling))
+            if self.options.level_distribution == "logit_normal" and network.training:
+                u = logit_normal(u, self.options.logit_mean, self.options.logit_std)
+            t = timesteps(u, self.num_timesteps)
         noise = draw.normal(*x_0.shape[1:])
         x_t = self.scheduler.add_noise(x_0, noise, t)
         losses = self.losses(self.predict(network, x_t, t, batch, draw), x_0, x_t, noise, t)
@@ -121,7 +138,7 @@ class DenoisingObjective(Objective):
         labels = batch["labels"] if self.class_conditional else None
         if self.null_class_id is not None and network.training:
             labels = torch.where(draw.uniform() < self.options.label_dropout, self.null_class_id, labels)
-        return network(x, t, labels).sample
+        return network(x, t, labels, **told(batch)).sample
 
     def losses(self, output: Tensor, x_0: Tensor, x_t: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         """The loss of each image (B,) for the network's output at timesteps t."""

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from hf_diffusion.config.options import option
-from hf_diffusion.losses.noise_levels import antithetic, stratified
+from hf_diffusion.losses.augmentation import told
+from hf_diffusion.losses.noise_levels import antithetic, logit_normal, stratified
 from hf_diffusion.losses.objective import Objective, Player, Values
 from hf_diffusion.randomness import Draw, FixedDraw
 from hf_diffusion.schedulers.scheduling_flow import FlowMatchingScheduler, convert_prediction, shift_sigmas
@@ -99,7 +100,7 @@ class FlowMatchingOptions:
 def levels(u: Tensor, options: FlowMatchingOptions) -> Tensor:
     """Noise levels sigma (B,) for u (B,) in [0, 1), rising with u; before the shift."""
     if options.level_distribution == "logit_normal":
-        return torch.sigmoid(options.logit_mean + options.logit_std * torch.special.ndtri(u))
+        return logit_normal(u, options.logit_mean, options.logit_std)
     if options.level_distribution == "mode":
         return u + options.mode_scale * ((math.pi / 2 * u).cos() ** 2 - 1 + u)
     return u
@@ -185,7 +186,7 @@ class FlowMatchingObjective(Objective):
         labels = batch["labels"] if self.class_conditional else None
         if self.null_class_id is not None and network.training:
             labels = torch.where(draw.uniform() < self.options.label_dropout, self.null_class_id, labels)
-        return network(x, t, labels).sample
+        return network(x, t, labels, **told(batch)).sample
 
     def noise(self, x_0: Tensor, draw: Draw | FixedDraw, training: bool) -> Tensor:
         """Unit noise (B, ...), paired with the images as the options say."""

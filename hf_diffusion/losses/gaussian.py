@@ -18,6 +18,10 @@ from torch import Tensor
 from hf_diffusion.schedulers.scheduling_gaussian import LEARNED, PREDICTION_TYPES, GaussianScheduler
 
 
+# Of alpha and sigma in the error of v: nearer an end of the process, one image would outweigh all.
+LEAST_DIVISOR = 0.05
+
+
 def prediction_target(scheduler: GaussianScheduler, x_0: Tensor, x_t: Tensor, noise: Tensor, t: Tensor) -> Tensor:
     """What the network is asked to output for the scheduler's `prediction_type`, shaped as x_0."""
     match scheduler.config.prediction_type:
@@ -140,7 +144,7 @@ def loss_weight(
     p2_gamma: float = 1.0,
     p2_k: float = 1.0,
 ) -> Tensor:
-    """Factor (B,) on `simple_loss` for the weighting "uniform", "min_snr" or "p2", float32."""
+    """Factor (B,) on `simple_loss` for the weighting "uniform", "min_snr", "p2" or "v", float32."""
     match weighting:
         case "uniform":
             return torch.ones(t.shape, device=t.device)
@@ -148,7 +152,28 @@ def loss_weight(
             return min_snr_weight(scheduler, t, min_snr_gamma)
         case "p2":
             return p2_weight(scheduler, t, p2_gamma, p2_k)
-    raise ValueError(f"unknown loss weighting {weighting!r}; choose from ['min_snr', 'p2', 'uniform']")
+        case "v":
+            return v_weight(scheduler, t)
+    raise ValueError(f"unknown loss weighting {weighting!r}; choose from ['min_snr', 'p2', 'uniform', 'v']")
+
+
+def v_weight(scheduler: GaussianScheduler, t: Tensor) -> Tensor:
+    """The error of v = alpha noise - sigma x_0 as a factor (B,) on the error of the target.
+
+    That is 1 / sigma^2 for x_0 and 1 / alpha^2 for the noise, where alpha and sigma are at least
+    0.05, as in JiT (arXiv:2511.13720).
+    """
+    alpha_bar = scheduler.alpha_bar
+    match scheduler.config.prediction_type:
+        case "epsilon":
+            weights = 1 / alpha_bar.clamp(min=LEAST_DIVISOR**2)
+        case "sample":
+            weights = 1 / (1 - alpha_bar).clamp(min=LEAST_DIVISOR**2)
+        case "v_prediction":
+            weights = torch.ones_like(alpha_bar)
+        case _:
+            raise _unknown_prediction_type(scheduler)
+    return weights.float().to(t.device)[t]
 
 
 def min_snr_weight(scheduler: GaussianScheduler, t: Tensor, gamma: float = 5.0) -> Tensor:

@@ -14,6 +14,13 @@ def timesteps(u: Tensor, num_timesteps: int) -> Tensor:
     return (u.double() * num_timesteps).long().clamp(max=num_timesteps - 1)
 
 
+def logit_normal(u: Tensor, mean: float, std: float) -> Tensor:
+    """Levels (B,) for u (B,) in [0, 1), rising with u, whose logit is normal: Esser et al. 2024,
+    arXiv:2403.03206, section 3.1.
+    """
+    return torch.sigmoid(mean + std * torch.special.ndtri(u))
+
+
 def stratified(u: Tensor, rows: Tensor, total: int) -> Tensor:
     """Row i moves into the i-th of `total` equal strata of [0, 1); rows int64 (B,), as u.
 

@@ -12,11 +12,9 @@ label dropout, asks `network.training`.
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
-import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
@@ -25,13 +23,6 @@ from hf_diffusion.randomness import Draw, FixedDraw
 
 
 Values = dict[str, Tensor | tuple[Tensor, Tensor]]
-# Called with the parameters, and lr, betas, eps and weight_decay by name. A family that offers a
-# choice makes it an option of its own. The state of one is no state of another, so a checkpoint is
-# tied to it.
-OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
-    "adamw": partial(torch.optim.AdamW, fused=True),
-    "radam": partial(torch.optim.RAdam, decoupled_weight_decay=True),
-}
 Loss = Callable[[nn.Module, dict[str, Tensor], Draw | FixedDraw], Values]
 
 
@@ -54,7 +45,6 @@ class Player:
     is_averaged: bool = True
     # Which of the loss function's values are better when high, such as an accuracy.
     higher_is_better: tuple[str, ...] = ()
-    make_optimizer: Callable[..., torch.optim.Optimizer] = OPTIMIZERS["adamw"]
     optimizer: Any = field(default=None, repr=False)
 
 

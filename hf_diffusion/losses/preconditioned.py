@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_diffusion.config.options import option
+from hf_diffusion.losses.augmentation import told
 from hf_diffusion.losses.noise_levels import antithetic, stratified
 from hf_diffusion.losses.objective import Objective, Player, Values
 from hf_diffusion.randomness import Draw, FixedDraw
@@ -141,7 +142,7 @@ class PreconditionedObjective(Objective):
         if self.null_class_id is not None and network.training:
             labels = torch.where(draw.uniform() < self.options.label_dropout, self.null_class_id, labels)
         inputs, c_noise = self.preconditioning.inputs(x, sigma)
-        output = network(inputs, c_noise, labels).sample
+        output = network(inputs, c_noise, labels, **told(batch)).sample
         error = output_error(self.preconditioning, output, x_0, x, sigma)
         error = level_weight(self.options.loss_weighting, sigma, self.options.sigma_data).to(error) * error
         if self.uncertainty is None:

@@ -149,6 +149,7 @@ class PixelTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
             gate.
         num_class_embeds: number of classes; labels are then required, unless `null_class` adds the
             row `null_class_id`, which stands for "no label".
+        augment_dim: numbers that tell how a training image was augmented; without them it was not.
 
     Raises ValueError for settings that do not fit each other.
     """
@@ -173,6 +174,7 @@ class PixelTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
         dropout: float = 0.0,
         num_class_embeds: int | None = None,
         null_class: bool = False,
+        augment_dim: int | None = None,
     ):
         super().__init__()
         if out_channels is None:
@@ -202,6 +204,11 @@ class PixelTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
         for layer in (self.modulation_out, self.patch_out):
             nn.init.zeros_(layer.weight)
             nn.init.zeros_(layer.bias)
+        # last, so that the other weights begin as without it
+        self.augment_embedding = None
+        if augment_dim is not None:
+            self.augment_embedding = nn.Linear(augment_dim, hidden_size, bias=False)
+            nn.init.zeros_(self.augment_embedding.weight)
         self.gradient_checkpointing = False
 
     def _check(self) -> None:
@@ -230,7 +237,13 @@ class PixelTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
                     "or another patch_size"
                 )
 
-    def conditioning(self, sample: Tensor, timestep: Tensor | float, class_labels: Tensor | None = None) -> Tensor:
+    def conditioning(
+        self,
+        sample: Tensor,
+        timestep: Tensor | float,
+        class_labels: Tensor | None = None,
+        augmentation: Tensor | None = None,
+    ) -> Tensor:
         """The conditioning vector (B, D) of timesteps and labels, before its SiLU."""
         batch, device = len(sample), sample.device
         if not isinstance(timestep, Tensor):
@@ -239,6 +252,12 @@ class PixelTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
             raise ValueError(f"timestep has shape {tuple(timestep.shape)}; a number, () or ({batch},) is expected")
         timestep = timestep.to(device).reshape(-1).expand(batch)
         emb = self.time_mlp(sinusoids(timestep, self.config.hidden_size).to(sample.dtype))  # (B, D)
+        if augmentation is not None and self.augment_embedding is None:
+            raise ValueError("augmentation was given to a model without augment_dim; leave it out")
+        if self.augment_embedding is not None and (augmentation is not None or self.training):
+            # zeros add nothing, but in training every weight has a gradient on every process
+            zeros = emb.new_zeros(batch, self.config.augment_dim)
+            emb = emb + self.augment_embedding(zeros if augmentation is None else augmentation.to(emb))
         if self.class_embedding is None:
             if class_labels is not None:
                 raise ValueError("class_labels were given to a model without classes; leave them out")
@@ -263,6 +282,7 @@ class PixelTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
         timestep: Tensor | float,
         class_labels: Tensor | None = None,
         return_dict: bool = True,
+        augmentation: Tensor | None = None,
     ) -> Transformer2DModelOutput | tuple[Tensor]:
         """Predict (B, out_channels, H, W) from `sample` (B, in_channels, H, W).
 
@@ -271,6 +291,7 @@ class PixelTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
                 (B,); fractions allowed.
             class_labels: int64 (B,). Required iff the model has classes and no null class; None
                 means "no label" otherwise.
+            augmentation: (B, augment_dim), what was done to training images; None is nothing.
         """
         channels, side = self.config.in_channels, self.config.patch_size
         if sample.ndim != 4 or sample.shape[1] != channels or any(n == 0 or n % side for n in sample.shape[2:]):
@@ -278,7 +299,7 @@ class PixelTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
                 f"sample has shape {tuple(sample.shape)}; (batch, {channels}, height, width) with sides that divide "
                 f"by {side} is expected"
             )
-        emb = F.silu(self.conditioning(sample, timestep, class_labels))  # (B, D)
+        emb = F.silu(self.conditioning(sample, timestep, class_labels, augmentation))  # (B, D)
         height, width = (n // side for n in sample.shape[2:])
         x = self.patch_in(F.pixel_unshuffle(sample, side).flatten(2).transpose(1, 2))  # (B, L, D)
         places = grid_places(height, width, sample.device)

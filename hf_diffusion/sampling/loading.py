@@ -1,7 +1,8 @@
-"""A pipeline as the user wants it: its scheduler, precision, device, guiding classifier."""
+"""A pipeline as the user wants it: its scheduler, precision, device, what guides it."""
 
 import inspect
 import typing
+from collections.abc import Sequence
 
 import torch
 from diffusers import (
@@ -20,6 +21,7 @@ from hf_diffusion.hub.loading import load_pipeline
 from hf_diffusion.models.clip_noisy import NoisyCLIP
 from hf_diffusion.models.unet_adm import ADMClassifier
 from hf_diffusion.pipelines.pipeline_classifier_guidance import ClassifierGuidancePipeline
+from hf_diffusion.sampling.autoguidance import autoguided, open_guide
 from hf_diffusion.sampling.drawing import sampling_options
 from hf_diffusion.sampling.options import CALL_OPTIONS, SamplingOptions
 from hf_diffusion.sampling.speed import speed_up
@@ -59,6 +61,7 @@ def load_for_sampling(options: SamplingOptions) -> DiffusionPipeline:
         pipeline.scheduler = replace_scheduler(getattr(pipeline, "scheduler", None), *asked, ways_of_its_own(pipeline))
     if options.guide_by is not None:
         pipeline = guided_by(pipeline, options.guide_by)
+        check_scale_is_given(pipeline, options)
     pipeline = pipeline.to(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if options.fast:
         print(f"fast: {speed_up(pipeline)}")
@@ -121,25 +124,49 @@ def can_take_over(cls: type[SchedulerMixin], former: type[SchedulerMixin]) -> bo
     return names and bool(former._compatibles)
 
 
-def guided_by(pipeline: DiffusionPipeline, classifier: str) -> DiffusionPipeline:
-    """A class-conditional pipeline, guided by a saved classifier of noisy images instead.
+def guided_by(pipeline: DiffusionPipeline, guide: str) -> DiffusionPipeline:
+    """A pipeline that is guided by what a folder or repository holds.
 
-    A text-to-image pipeline may be guided by a saved CLIP of them, too.
+    A saved classifier of noisy images guides a class-conditional pipeline, a saved CLIP of them a
+    text-to-image one. Any other network of the package, alone, in a pipeline or in a checkpoint, is
+    a weaker one that guidance leads away from.
     """
     if "clip" in pipeline.components:
-        clip = NoisyCLIP.from_pretrained(classifier, dtype=pipeline.unet.dtype)
-        pipeline.register_modules(clip=clip, clip_tokenizer=AutoTokenizer.from_pretrained(classifier))
+        clip = NoisyCLIP.from_pretrained(guide, dtype=pipeline.unet.dtype)
+        pipeline.register_modules(clip=clip, clip_tokenizer=AutoTokenizer.from_pretrained(guide))
         return pipeline
     unet, scheduler = getattr(pipeline, "unet", None), pipeline.scheduler
     if unet is None:
         name = type(pipeline).__name__
         raise UsageError(f"--guide_by: a {name} has no U-Net that a classifier could guide; leave it out")
-    if not can_take_over(DDIMEtaScheduler, type(scheduler)):
+    is_gaussian, takes_networks = can_take_over(DDIMEtaScheduler, type(scheduler)), "guide_unet" in pipeline.components
+    network, process = open_guide(guide, unet.dtype) if is_gaussian or takes_networks else (None, {})
+    if network is not None and not isinstance(network, ADMClassifier):
+        return autoguided(pipeline, network, process, guide)
+    if not is_gaussian:
         name = type(scheduler).__name__
         raise UsageError(f"--guide_by: a classifier guides a Gaussian process, not that of {name}; leave it out")
     return ClassifierGuidancePipeline(
         unet=unet,
-        classifier=ADMClassifier.from_pretrained(classifier, dtype=unet.dtype),
+        classifier=network,
         scheduler=scheduler,
         id2label=getattr(pipeline, "id2label", None),
     )
+
+
+def kind_of_guidance(pipeline: DiffusionPipeline) -> str:
+    """By what `guided_by` has made a pipeline guided: classifier, clip or autoguidance."""
+    if isinstance(pipeline, ClassifierGuidancePipeline):
+        return "classifier"
+    return "clip" if "clip" in pipeline.components else "autoguidance"
+
+
+def check_scale_is_given(pipeline: DiffusionPipeline, options: SamplingOptions, swept: Sequence[str] = ()) -> None:
+    """UsageError for a weaker network beside a scale of 1, at which it would do nothing."""
+    given = options.guidance_scale not in (None, 1) or "guidance_scale" in swept
+    given = given or any(text.startswith("guidance_scale=") for text in options.set_)
+    if kind_of_guidance(pipeline) == "autoguidance" and not given:
+        raise UsageError(
+            f"--guide_by {options.guide_by}: at a guidance_scale of 1 it guides nothing; give --guidance_scale, such "
+            "as 2"
+        )

@@ -11,7 +11,7 @@ SchedulerName = Literal[
     "ddim", "ddpm", "dpm++", "unipc", "deis", "ipndm", "euler", "edm-heun", "edm-euler", "edm-dpm++"
 ]
 # Options that are arguments of a pipeline's call, under the same names.
-CALL_OPTIONS = ("num_inference_steps", "eta", "guidance_scale", "guidance_rescale", "timesteps")
+CALL_OPTIONS = ("num_inference_steps", "eta", "guidance_scale", "guidance_interval", "guidance_rescale", "timesteps")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +42,11 @@ class SamplingOptions(PipelineOptions):
     )
     eta: float | None = option(None, "noise of DDIM sampling, 0 to 1; none is the scheduler's own")
     guidance_scale: float | None = option(None, "w in uncond + w * (cond - uncond); none is the pipeline's own")
+    guidance_interval: tuple[float, float] | None = option(
+        None,
+        "guide only between these noise levels, such as 0.2,0.8, where 0 is clean and 1 noise; of an EDM in sigma, "
+        "such as 0.3,5; none is the pipeline's own",
+    )
     guidance_rescale: float | None = option(
         None, "how far guided outputs are brought back to their standard deviation, 0 to 1; none is the pipeline's own"
     )
@@ -54,8 +59,9 @@ class SamplingOptions(PipelineOptions):
     )
     guide_by: str | None = option(
         None,
-        "folder or repository of a classifier of noisy images, whose gradient guides instead; guidance_scale is "
-        "its scale. Of a CLIP of them for a text-to-image model, beside --set clip_guidance_scale=2",
+        "folder or repository of a classifier of noisy images, whose gradient guides instead, or of a weaker network "
+        "of the same kind, such as RUN/checkpoint-00001000, that guidance leads away from; guidance_scale is the "
+        "scale. Of a CLIP of noisy images for a text-to-image model, beside --set clip_guidance_scale=2",
     )
     scheduler: SchedulerName | None = option(
         None,

@@ -7,24 +7,26 @@ from hf_diffusion.environment import cpu_multiplies_bf16
 
 
 def speed_up(pipeline: DiffusionPipeline) -> str:
-    """Prepare the network that draws for speed; returns in words what was done.
+    """Prepare the network that draws, and one that guides it, for speed; returns what was done.
 
     On a CUDA device it computes in bfloat16, in the channels_last layout, and is compiled at its
     first call: the three belong together, since channels_last without compilation is slower than
     neither. A CPU takes bfloat16 where it has instructions for its products. Samples differ from
     those in float32 by rounding. Other parts, such as a `vae`, stay as they are.
     """
-    network = getattr(pipeline, getattr(pipeline, "network_name", "unet"))
-    device = network.device.type
+    drawing = getattr(pipeline, getattr(pipeline, "network_name", "unet"))
+    device, guide = drawing.device.type, getattr(pipeline, "guide_unet", None)
     is_native = torch.cuda.is_bf16_supported(including_emulation=False) if device == "cuda" else cpu_multiplies_bf16()
-    done = []
-    if is_native and network.dtype == torch.float32:
-        network.to(torch.bfloat16)
-        done.append("bfloat16")
-    if device == "cuda":
-        if any(parameter.ndim == 4 for parameter in network.parameters()):
-            network.to(memory_format=torch.channels_last)
-            done.append("channels_last")
-        network.compile()
-        done.append("compiled, which takes a minute or two at the first batch")
+    # in the order of words, each once
+    done: dict[str, None] = {}
+    for network in (drawing, *([] if guide is None else [guide])):
+        if is_native and network.dtype == torch.float32:
+            network.to(torch.bfloat16)
+            done["bfloat16"] = None
+        if device == "cuda":
+            if any(parameter.ndim == 4 for parameter in network.parameters()):
+                network.to(memory_format=torch.channels_last)
+                done["channels_last"] = None
+            network.compile()
+            done["compiled, which takes a minute or two at the first batch"] = None
     return ", ".join(done) or f"nothing: this {device} computes fastest as it is"

@@ -1,7 +1,9 @@
 """`make bench`: how long the same work takes here and in diffusers, as ratios of paired runs.
 
 Below 1 is faster here. few_steps compares DDGAN's 4 steps with diffusers' DDIM-50 and DDPM-1000.
-adversarial_step compares a DDGAN step with the reference's way of computing it.
+adversarial_step compares a DDGAN step with the reference's way of computing it. trainer_overhead
+compares the trainer's step with the same step bare, on a GPU where there is one, as data_path and
+compile_start do.
 
 python -m tests.benchmarks [--only scheduler_step,unet_forward] [--pairs 7] [--threads 2]
     [--output benchmarks.json]
@@ -18,7 +20,17 @@ from pathlib import Path
 import torch
 
 from hf_diffusion.environment import environment
-from tests.benchmarks import adversarial_step, few_steps, sampling_loop, scheduler_step, training_step, unet_forward
+from tests.benchmarks import (
+    adversarial_step,
+    compile_start,
+    data_path,
+    few_steps,
+    sampling_loop,
+    scheduler_step,
+    trainer_overhead,
+    training_step,
+    unet_forward,
+)
 from tests.benchmarks.pairs import Result, measure
 
 
@@ -26,6 +38,9 @@ SUBJECTS = {
     "scheduler_step": scheduler_step,
     "unet_forward": unet_forward,
     "training_step": training_step,
+    "trainer_overhead": trainer_overhead,
+    "data_path": data_path,
+    "compile_start": compile_start,
     "sampling_loop": sampling_loop,
     "few_steps": few_steps,
     "adversarial_step": adversarial_step,

@@ -1,11 +1,12 @@
 """What the same minutes of training give: a plain diffusers script against a recipe from here.
 
 python -m tests.benchmarks.quality --minutes 20 [--train_data_dir FILE.parquet]
-    [--features NETWORK.safetensors] [--output_dir runs/quality]
+    [--features NETWORK.safetensors] [--output_dir runs/quality] [--others torchcfm,smalldiffusion]
 
 Plain is what the examples of diffusers do, at sizes for 28x28: UNet2DModel of 1.8 M parameters,
 epsilon, cosine schedule, AdamW 4e-4, EMA, batch 128. Both are sampled by DDIM in 50 steps and
-measured by `hf-diffusion evaluate` with the same features. It takes more than twice the minutes.
+measured by `hf-diffusion evaluate` with the same features. It takes more than twice the minutes,
+and once more for each of the other packages, whose recipes are in other_packages.py.
 """
 
 import argparse
@@ -15,6 +16,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from diffusers import DDIMPipeline, DDIMScheduler, DDPMScheduler
@@ -24,6 +26,7 @@ from hf_diffusion.data.image_data import ImageData
 from hf_diffusion.data.images import load_images
 from hf_diffusion.environment import environment
 from tests.benchmarks.networks import networks
+from tests.benchmarks.other_packages import OTHERS, why_missing
 
 
 BATCH, PROBE_STEPS = 128, 60
@@ -77,18 +80,19 @@ def train_ours(source: list[str], minutes: float, folder: Path) -> int:
     return steps
 
 
-def distance(pipeline: Path, source: list[str], options: argparse.Namespace) -> dict:
-    """The measures of DDIM-50 samples."""
-    folder = options.output_dir / f"evaluation_{pipeline.name}"
-    words = [
-        "evaluate",
-        str(pipeline),
-        *source,
-        "--num_images",
-        str(options.num_images),
-        "--num_inference_steps",
-        "50",
-    ]
+def train_other(name: str, data: ImageData, options: argparse.Namespace) -> int:
+    """Train by the recipe of another package and write its samples; the number of steps."""
+    steps, images = OTHERS[name](data, options.minutes, options.num_images)
+    np.savez(options.output_dir / f"{name}.npz", images)
+    return steps
+
+
+def distance(samples: Path, source: list[str], options: argparse.Namespace) -> dict:
+    """The measures of DDIM-50 samples of a pipeline, or of images in a file."""
+    folder = options.output_dir / f"evaluation_{samples.stem}"
+    words = ["evaluate", str(samples), *source]
+    if samples.is_dir():
+        words += ["--num_images", str(options.num_images), "--num_inference_steps", "50"]
     words += ["--metrics", "fd,pr", "--features", options.features, "--output_dir", str(folder)]
     subprocess.run([sys.executable, "-m", "hf_diffusion.cli", *words], check=True)
     return json.loads((folder / "metrics.json").read_text())["results"][0]["measures"]
@@ -101,17 +105,28 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--features", default="trained", help="as in hf-diffusion evaluate")
     parser.add_argument("--num_images", type=int, default=1000)
     parser.add_argument("--output_dir", type=Path, default=Path("runs/quality"))
+    parser.add_argument("--others", help=f"of {', '.join(OTHERS)}, those to compare with, too")
     options = parser.parse_args(argv)
+    others = options.others.split(",") if options.others else []
+    for name in others:
+        if name not in OTHERS:
+            parser.error(f"--others {name}: choose from {', '.join(OTHERS)}")
+        if (why := why_missing(name)) is not None:
+            parser.error(f"--others: {why}")
     where = {"dataset_name": "zalando-datasets/fashion_mnist"}
     if options.train_data_dir is not None:
         where = {"train_data_dir": options.train_data_dir}
     source = [word for name, value in where.items() for word in (f"--{name}", value)]
     without_hub = ["--dataset_name", "none"] if options.train_data_dir is not None else []
+    data = load_images(**where)
     steps = {
-        "plain": train_plain(load_images(**where), options.minutes, options.output_dir / "plain"),
+        "plain": train_plain(data, options.minutes, options.output_dir / "plain"),
         "recipe": train_ours([*without_hub, *source], options.minutes, options.output_dir),
     }
     measures = {name: distance(options.output_dir / name, source, options) for name in steps}
+    for name in others:
+        steps[name] = train_other(name, data, options)
+        measures[name] = distance(options.output_dir / f"{name}.npz", source, options)
     plain, recipe = (measures[name]["fd"]["value"] for name in ("plain", "recipe"))
     report = {
         "minutes": options.minutes,
@@ -123,6 +138,8 @@ def main(argv: list[str]) -> int:
     (options.output_dir / "quality.json").write_text(json.dumps(report, indent=1) + "\n")
     name = measures["plain"]["fd"]["name"]
     print(f"{name}: plain diffusers {plain:.3g}, recipe {recipe:.3g}: {recipe / plain:.3f} of it")
+    for name in others:
+        print(f"{name}: {measures[name]['fd']['value']:.3g}")
     return 0
 
 

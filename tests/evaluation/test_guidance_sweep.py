@@ -67,7 +67,7 @@ def test_both_kinds_of_guidance_are_swept_into_one_table_and_one_figure(saved, t
 def test_a_guide_that_is_missing_or_unknown_is_one_sentence(saved, tmp_path, capsys):
     command = ["evaluate", str(saved / "model"), "--device", "cpu", "--num_images", "20", "--metrics", "pr"]
     for words, sentence in (
-        (("--sweep", "guidance=classifier,classifier_free"), "needs --guide_by, the classifier"),
+        (("--sweep", "guidance=classifier,classifier_free"), "needs --guide_by, a classifier"),
         (
             ("--guide_by", str(saved / "classifier"), "--sweep", "guidance=clasifier"),
             "unknown guidance 'clasifier'; choose from classifier_free, classifier",

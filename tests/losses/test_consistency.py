@@ -212,7 +212,7 @@ def test_labels_are_dropped_in_training_only():
 
 @pytest.mark.parametrize("name, cls", [("radam", torch.optim.RAdam), ("adamw", torch.optim.AdamW)])
 def test_the_loop_builds_the_optimizer_that_the_options_name(name, cls):
-    player, config = objective(objective="improved", optimizer=name).player, TrainingConfig(adam_weight_decay=0.1)
+    player, config = objective(objective="improved").player, TrainingConfig(adam_weight_decay=0.1, optimizer=name)
     built = build_optimizer(config, player)
     group = built.param_groups[0]
     assert type(built) is cls and (group["lr"], group["weight_decay"]) == (1e-3, 0.1)

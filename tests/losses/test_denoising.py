@@ -79,6 +79,39 @@ def test_the_weights_of_the_timesteps_are_those_of_their_papers():
     torch.testing.assert_close(weighted["loss"] / plain["loss"], ((2.0 + snr) ** -0.5).float())
 
 
+@pytest.mark.parametrize("prediction_type", ["sample", "epsilon", "v_prediction"])
+def test_weighted_as_v_the_loss_is_the_error_of_v_whatever_is_predicted(prediction_type):
+    made = objective(loss_weighting="v", prediction_type=prediction_type)
+    result, (x_t, *_), _ = values(made)
+    alpha_bar = made.scheduler.alphas_cumprod[TIMESTEPS].double()[:, None, None, None]
+    alpha, sigma = alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
+    # the network halves what it sees
+    output = 0.5 * x_t.double()
+    v = {
+        "sample": (alpha * x_t - output) / sigma,
+        "epsilon": (output - sigma * x_t) / alpha,
+        "v_prediction": output,
+    }[prediction_type]
+    error = (v - (alpha * NOISE - sigma * X_0)).square().flatten(1).mean(1)
+    # of the levels, one is so near an end that its divisor is bounded
+    inside = (torch.minimum(alpha, sigma) > 0.05).flatten()
+    torch.testing.assert_close(result["loss"].double()[inside], error[inside], rtol=1e-4, atol=1e-5)
+    assert inside.sum() >= 3 and result["loss"].max() < 400 * 4
+
+
+def test_logit_normal_timesteps_have_their_density_in_training_and_not_in_evaluation():
+    options = {"level_distribution": "logit_normal", "logit_mean": 0.8, "logit_std": 0.5}
+    made = objective(**options)
+    _, (_, t, _), _ = values(made)
+    expected = torch.sigmoid(0.8 + 0.5 * torch.special.ndtri(LEVELS))
+    assert t.tolist() == [int(level * T) for level in expected]
+    made.players[0].network.eval()
+    _, (_, t, _), _ = values(made)
+    assert torch.equal(t, TIMESTEPS)
+    with pytest.raises(ValueError, match="both say how often a timestep comes; give one"):
+        DenoisingOptions(timestep_sampling="loss_second_moment", level_distribution="logit_normal").check()
+
+
 def test_the_bound_and_the_hybrid_are_trained_where_they_are_asked_for():
     def answer(network, x_t, t, labels):
         return torch.cat([network.weight * x_t, 0.1 * x_t], dim=1)

@@ -349,7 +349,8 @@ LEVELS = torch.tensor([0.6, 0.2, 0.01])  # alpha_bar of x_1 to x_3
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "sample", "v_prediction"])
 def test_a_generator_from_a_denoiser_predicts_the_denoisers_x_0_whatever_the_latent(prediction_type):
-    denoiser = small(num_class_embeds=3, null_class=True, patch_size=2)
+    # one that was told of augmentation, too, which is never done to what a generator sees
+    denoiser = small(num_class_embeds=3, null_class=True, patch_size=2, augment_dim=9)
     generator = ADMGenerator.from_denoiser(
         denoiser, ALPHAS_CUMPROD, prediction_type, ALPHAS_CUMPROD[[99, 499, 899]], 4
     )

@@ -204,6 +204,7 @@ BUILT = [
     Row("adam_beta2", 0.75, adam(lambda group: group["betas"][1]), {0.75}, LOOP),
     Row("adam_weight_decay", 0.5, adam(lambda group: group["weight_decay"]), {0.5}, LOOP),
     Row("adam_epsilon", 0.5, adam(lambda group: group["eps"]), {0.5}, LOOP),
+    Row("optimizer", "muon", lambda t: type(t.objective.players[0].optimizer.optimizer).__name__, "Muon", UNETS),
     # --- the average ---
     Row("use_ema", False, lambda t: t.shared.average is None, True, LOOP),
     Row("ema_max_decay", 0.5, lambda t: t.shared.average.decay, 0.5, LOOP),
@@ -260,6 +261,7 @@ BUILT = [
     Row("hidden_size", 16, network("hidden_size"), 16, DDPM, TRANSFORMER),
     Row("num_layers", 1, network("num_layers"), 1, DDPM, TRANSFORMER),
     Row("bottleneck", 2, network("bottleneck"), 2, DDPM, TRANSFORMER),
+    Row("augment_probability", 0.5, network("augment_dim"), 9, DDPM),
     Row("pool", "spatial", network("pool"), "spatial", ("classifier",)),
     Row("random_crop", 0.5, lambda t: t.objective.random_crop, 0.5, ("classifier",)),
     Row("attention_sizes", (8,), network("attention_sizes"), (8,), GAN),
@@ -298,6 +300,9 @@ PINNED = {
     "objective": DENOISING + "the_bound_and_the_hybrid_are_trained_where_they_are_asked_for",
     "vlb_weight": DENOISING + "the_bound_and_the_hybrid_are_trained_where_they_are_asked_for",
     "loss_weighting": DENOISING + "the_weights_of_the_timesteps_are_those_of_their_papers",
+    "level_distribution": DENOISING + "logit_normal_timesteps_have_their_density_in_training_and_not_in_evaluation",
+    "logit_mean": DENOISING + "logit_normal_timesteps_have_their_density_in_training_and_not_in_evaluation",
+    "logit_std": DENOISING + "logit_normal_timesteps_have_their_density_in_training_and_not_in_evaluation",
     "min_snr_gamma": DENOISING + "the_weights_of_the_timesteps_are_those_of_their_papers",
     "p2_gamma": DENOISING + "the_weights_of_the_timesteps_are_those_of_their_papers",
     "p2_k": DENOISING + "the_weights_of_the_timesteps_are_those_of_their_papers",
@@ -315,6 +320,8 @@ PINNED = {
     "test_a_run_starts_from_a_denoiser_and_its_result_is_a_start_in_its_turn",
     "max_grad_norm": "loop/test_update.py::test_the_gradient_is_clipped_to_the_norm_and_the_log_has_the_norm_before",
     "max_nonfinite_steps": "training/test_train_ddpm.py::test_training_stops_when_no_step_is_finite_any_more",
+    "ema_max_decays": "training/test_choosing_averages.py::test_the_best_average_is_the_model_and_all_are_told",
+    "ema_metric": "training/test_choosing_averages.py::test_the_best_average_is_the_model_and_all_are_told",
     "best_metric": "training/test_evaluating_while_training.py::"
     "test_a_later_worse_model_does_not_replace_the_best_one",
     "overwrite_output_dir": "training/test_evaluating_while_training.py::"

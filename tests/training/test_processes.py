@@ -80,6 +80,35 @@ def test_two_processes_that_accumulate_follow_the_run_of_one_too(single, tmp_pat
     assert_same_run(tmp_path, single)
 
 
+def test_two_processes_follow_the_run_of_one_by_muon_with_several_averages_and_augmentation(tmp_path):
+    flags = [
+        "--max_train_steps",
+        "4",
+        "--optimizer",
+        "muon",
+        "--augment_probability",
+        "0.5",
+        "--ema_max_decays",
+        "0.5",
+    ]
+    flags += [
+        "--split",
+        "train[100:200]",
+        "--eval_split",
+        "train[:40]",
+        "--ema_metric",
+        "eval_loss",
+        "--learning_rate",
+        "0.002",
+    ]
+    for processes, batch in ((1, "16"), (2, "8")):
+        launch(tmp_path / str(processes), *flags, "--train_batch_size", batch, processes=processes)
+    one, two = (metrics(tmp_path / str(processes)) for processes in (1, 2))
+    for left, right in zip(one, two, strict=True):
+        same = [name for name in left if name == "loss" or "eval_loss" in name]
+        assert {name: left[name] for name in same} == pytest.approx({name: right[name] for name in same}, rel=1e-3)
+
+
 def test_two_machines_find_each_other_by_the_flags_for_rendezvous(single, tmp_path):
     port = str(free_port())
     machines = []
