@@ -89,10 +89,7 @@ class DataOptions:
                 "the Hub (or --dataset_name or --train_data_dir)"
             )
         check_exclusive(self, "dataset_name", "train_data_dir", "the data to train on")
-        if self.streaming and self.num_epochs:
-            raise ValueError(
-                "num_epochs needs the number of images, which a stream does not tell; give max_train_steps instead"
-            )
+        check_length_of_stream(self)
         if self.dataset_config_name and not self.dataset_name:
             raise ValueError(
                 f"dataset_config_name {self.dataset_config_name!r} needs dataset_name, the data set that it belongs to"
@@ -103,6 +100,14 @@ class DataOptions:
         names = [field.name for field in fields(DataOptions) if field.name != "data"]
         label_column = None if self.label_column == "auto" else self.label_column
         return {**{name: getattr(self, name) for name in names}, "label_column": label_column, "seed": self.seed}
+
+
+def check_length_of_stream(config: Any) -> None:
+    """ValueError for passes over data that nobody has counted."""
+    if config.streaming and config.num_epochs:
+        raise ValueError(
+            "num_epochs needs the number of samples, which a stream does not tell; give max_train_steps instead"
+        )
 
 
 def place_data(config: Any) -> None:

@@ -23,7 +23,7 @@ from hf_diffusion.data.listing import (
     split_images,
 )
 from hf_diffusion.data.metadata import read_metadata
-from hf_diffusion.data.selection import Split, rows_of_split
+from hf_diffusion.data.selection import Split, rows_of_split, rows_of_stream
 from hf_diffusion.data.source import AnyDataset, Source
 
 
@@ -58,7 +58,7 @@ def open_source(
     path = Path(train_data_dir or dataset_name).expanduser()
     # Not the path, which may hold the name of a user and is published with the model.
     name = path.resolve().name if train_data_dir is not None or path.exists() else dataset_name
-    with _one_sentence(name):
+    with one_sentence(name):
         # A path under dataset_name is opened in the same way, which `datasets` would not do.
         if train_data_dir is not None or path.exists():
             return _open_path(path, split, streaming, cache_dir)._replace(name=name)
@@ -66,7 +66,7 @@ def open_source(
 
 
 @contextlib.contextmanager
-def _one_sentence(name: str) -> Iterator[None]:
+def one_sentence(name: str) -> Iterator[None]:
     """Turn what libraries raise into one sentence that names the data; ours pass as they are."""
     try:
         yield
@@ -119,11 +119,9 @@ def _open_hub(name: str, config: str | None, split: str, streaming: bool, cache_
         return Source(dataset, name, rows)
     known = (dataset.info.splits or {}).get(asked.name)
     if known is None or not known.num_examples:
-        raise ValueError(
-            f"split {split!r}: the number of rows of {name!r} is not known while streaming; "
-            "give a whole split, or load with streaming=False"
-        )
-    _, rows = rows_of_split(split, {asked.name: known.num_examples}, name)
+        _, rows = rows_of_stream(split, [asked.name], name)
+    else:
+        _, rows = rows_of_split(split, {asked.name: known.num_examples}, name)
     return Source(dataset, name, rows)
 
 
