@@ -8,7 +8,7 @@ import hashlib
 import json
 import shutil
 import uuid
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from hf_diffusion.data.documents import Documents
+from hf_diffusion.data.errors import BadData
 
 
 UNKNOWN, MASK = "[UNK]", "[MASK]"
@@ -40,11 +41,11 @@ def character_tokenizer(characters: Iterable[str]) -> PreTrainedTokenizerFast:
     )
 
 
-def open_tokenizer(name: str, documents: Documents) -> PreTrainedTokenizerBase:
-    """`chars`, made for these documents, or the tokenizer of a folder or Hub id; ValueError where
-    that cannot be loaded."""
+def open_tokenizer(name: str, texts: Callable[[], Iterable[str]]) -> PreTrainedTokenizerBase:
+    """`chars`, made of the characters of texts, or the tokenizer of a folder or Hub id; ValueError
+    where that cannot be loaded."""
     if name == "chars":
-        return character_tokenizer({character for _, text in documents.pieces() for character in set(text)})
+        return character_tokenizer({character for text in texts() for character in set(text)})
     try:
         return AutoTokenizer.from_pretrained(name)
     # transformers raises many kinds for a folder without a tokenizer
@@ -66,6 +67,11 @@ def tokenizer_key(tokenizer: PreTrainedTokenizerBase) -> str:
     backend = getattr(tokenizer, "backend_tokenizer", None)
     known = backend.to_str() if backend is not None else sorted(tokenizer.get_vocab().items())
     return hashlib.sha256(repr((known, tokenizer.special_tokens_map)).encode()).hexdigest()[:24]
+
+
+def tokenizer_in_words(tokenizer: PreTrainedTokenizerBase) -> str:
+    """What a record of the data says of it."""
+    return "characters" if is_of_characters(tokenizer) else tokenizer_key(tokenizer)
 
 
 def separator_of(tokenizer: PreTrainedTokenizerBase) -> int | None:
@@ -93,8 +99,14 @@ class Encoder:
         """(N,) tokens, without those that a model wants at the two ends."""
         if self.table is not None:
             return self.table[np.frombuffer(text.encode("utf-32-le"), np.uint32)].astype(self.dtype)
-        found = self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-        return np.array(found, self.dtype)
+        return self.many([text])[0]
+
+    def many(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """The same of several texts, which a tokenizer of transformers shares among threads."""
+        if self.table is not None or not texts:
+            return [self(text) for text in texts]
+        found = self.tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
+        return [np.array(ids, self.dtype) for ids in found]
 
 
 def tokenize(documents: Documents, tokenizer: PreTrainedTokenizerBase, cache: Path) -> tuple[np.ndarray, dict]:
@@ -143,11 +155,7 @@ def _write_tokens(documents: Documents, tokenizer: PreTrainedTokenizerBase, fold
         write(document, tokens)
         facts["documents"] += document != former
         facts["characters"] += len(text)
-        if tokenizer.mask_token_id is not None and (tokens == tokenizer.mask_token_id).any():
-            raise ValueError(
-                f"the texts of {documents.name} hold the mask {tokenizer.mask_token} itself, which stands for noise; "
-                "take it out, or choose another tokenizer"
-            )
+        check_no_mask(tokens, tokenizer, documents.name)
         if tokenizer.unk_token_id is not None:
             facts["unknown"] += int((tokens == tokenizer.unk_token_id).sum())
         former = document
@@ -161,6 +169,15 @@ def _write_tokens(documents: Documents, tokenizer: PreTrainedTokenizerBase, fold
             whole.write(part.read_bytes())
             part.unlink()
     return facts | {"streams": streams, "fingerprint": digest.hexdigest()[:16]}
+
+
+def check_no_mask(tokens: np.ndarray, tokenizer: PreTrainedTokenizerBase, name: str) -> None:
+    """BadData for texts that hold the mask itself."""
+    if tokenizer.mask_token_id is not None and (tokens == tokenizer.mask_token_id).any():
+        raise BadData(
+            f"the texts of {name} hold the mask {tokenizer.mask_token} itself, which stands for noise; take it out, "
+            "or choose another tokenizer"
+        )
 
 
 def sequence_starts(streams: Sequence[int], length: int, spare: bool) -> tuple[np.ndarray, np.ndarray]:
