@@ -21,6 +21,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from accelerate import Accelerator
 from diffusers import AutoencoderKL, VQModel
+from diffusers.utils import CONFIG_NAME
 from PIL import Image
 from torch import nn
 
@@ -31,6 +32,7 @@ from hf_diffusion.data.protocol import TrainingData
 from hf_diffusion.data.splits import load_unaugmented
 from hf_diffusion.evaluation.perceptual import perceptual_distance
 from hf_diffusion.evaluation.reconstruction import ReconstructionEvaluator, measured_latents, reconstruction_grid
+from hf_diffusion.files import write_folder
 from hf_diffusion.loop.fine_tuning import started_from
 from hf_diffusion.loop.generative import check_best_metric
 from hf_diffusion.loop.start import run
@@ -216,7 +218,7 @@ def build(config: AutoencoderConfig, accelerator: Accelerator, data: TrainingDat
     def export(network: Reconstructor, folder: Path) -> None:
         found = measured_latents(network, data, config.scaling_images, config.eval_batch_size)
         network.autoencoder.register_to_config(**scaling(found, config.latent_scaling, config.quantised))
-        network.autoencoder.save_pretrained(folder)
+        write_folder(folder, network.autoencoder.save_pretrained, last=CONFIG_NAME)
 
     def preview(network: nn.Module) -> Image.Image:
         return reconstruction_grid(network, originals, max(2, config.num_sample_images // 2))

@@ -22,7 +22,7 @@ from tqdm.auto import tqdm
 from transformers import AutoConfig, AutoModel, AutoModelForTextEncoding, AutoTokenizer, PreTrainedTokenizerFast
 from transformers.models.auto.modeling_auto import MODEL_FOR_TEXT_ENCODING_MAPPING
 
-from hf_diffusion.files import sha256, write_whole
+from hf_diffusion.files import remove_partials, sha256, write_whole
 
 
 logger = logging.getLogger(__name__)
@@ -149,7 +149,7 @@ class EmbeddingCoder:
                     np.lib.format.write_array_header_1_0(file, header)
                 file.write(hidden[inputs[1] > 0].half().cpu().numpy().tobytes())
 
-        path.parent.mkdir(parents=True, exist_ok=True)
+        remove_partials(path.parent)
         write_whole(places, lambda file: np.save(file, torch.stack([starts, counts]).numpy()))
         write_whole(path, write)
 

@@ -6,18 +6,18 @@ transformers alone loads what a pipeline saves.
 
 import hashlib
 import json
-import shutil
-import uuid
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
+from accelerate import PartialState
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from tqdm.auto import tqdm
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from hf_diffusion.data.documents import Documents
 from hf_diffusion.data.errors import BadData
+from hf_diffusion.files import write_folder
 
 
 UNKNOWN, MASK = "[UNK]", "[MASK]"
@@ -119,23 +119,14 @@ def tokenize(documents: Documents, tokenizer: PreTrainedTokenizerBase, cache: Pa
     key = hashlib.sha256(repr((VERSION, documents.key, tokenizer_key(tokenizer))).encode()).hexdigest()[:32]
     folder = cache / key
     if not (folder / FACTS).is_file():
-        staging = cache / f".{key}-{uuid.uuid4().hex}.partial"
-        staging.mkdir(parents=True)
-        try:
-            facts = _write_tokens(documents, tokenizer, staging)
-            (staging / FACTS).write_text(json.dumps(facts), encoding="utf-8")
-            # another process may have been faster, with the same
-            if not folder.exists():
-                staging.rename(folder)
-        finally:
-            shutil.rmtree(staging, ignore_errors=True)
+        write_folder(folder, lambda staging: _write_tokens(documents, tokenizer, staging), last=FACTS)
     facts = json.loads((folder / FACTS).read_text(encoding="utf-8"))
     if not sum(facts["streams"]):
         return np.zeros(0, Encoder(tokenizer).dtype), facts
     return np.memmap(folder / TOKENS, facts["dtype"], mode="r"), facts
 
 
-def _write_tokens(documents: Documents, tokenizer: PreTrainedTokenizerBase, folder: Path) -> dict[str, Any]:
+def _write_tokens(documents: Documents, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     encode, separator = Encoder(tokenizer), separator_of(tokenizer)
     classes = len(documents.class_names or ()) or 1
     files = [(folder / f"{number}.bin").open("wb") for number in range(classes)]
@@ -147,7 +138,7 @@ def _write_tokens(documents: Documents, tokenizer: PreTrainedTokenizerBase, fold
         files[number].write(tokens.tobytes())
         streams[number] += len(tokens)
 
-    for document, text in documents.pieces():
+    for document, text in _shown(documents):
         if former not in (None, document) and separator is not None:
             write(former, np.array([separator], encode.dtype))
             facts["characters"] += 1
@@ -168,7 +159,17 @@ def _write_tokens(documents: Documents, tokenizer: PreTrainedTokenizerBase, fold
             digest.update(f"/{count}/".encode() + part.read_bytes())
             whole.write(part.read_bytes())
             part.unlink()
-    return facts | {"streams": streams, "fingerprint": digest.hexdigest()[:16]}
+    facts |= {"streams": streams, "fingerprint": digest.hexdigest()[:16]}
+    (folder / FACTS).write_text(json.dumps(facts), encoding="utf-8")
+
+
+def _shown(documents: Documents) -> Iterator[tuple[int, str]]:
+    """The pieces, with a bar on the first process, of what takes longer than a moment."""
+    is_quiet = not PartialState().is_main_process
+    with tqdm(desc=f"tokens of {documents.name}", unit="character", unit_scale=True, delay=5, disable=is_quiet) as bar:
+        for document, text in documents.pieces():
+            yield document, text
+            bar.update(len(text))
 
 
 def check_no_mask(tokens: np.ndarray, tokenizer: PreTrainedTokenizerBase, name: str) -> None:

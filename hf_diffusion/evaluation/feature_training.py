@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 from hf_diffusion.data.protocol import TrainingData
 from hf_diffusion.evaluation.feature_networks import ResNetFeatures
 from hf_diffusion.evaluation.reference import cache_folder
-from hf_diffusion.files import write_whole
+from hf_diffusion.files import remove_partials, write_whole
 from hf_diffusion.randomness import derive_seed
 
 
@@ -52,6 +52,7 @@ def trained_network_file(data: TrainingData, cache_dir: str | os.PathLike | None
             net, accuracy = train_classifier(data)
             print(f"trained a feature network on {data.name}: it knows {accuracy:.1%} of the held-out images ({path})")
             about = {"held_out_accuracy": f"{accuracy:.4f}", "data": data.name}
+            remove_partials(path.parent)
             write_whole(path, save(net.state_dict(), metadata=about))
     return path
 
