@@ -18,6 +18,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import ProjectConfiguration, broadcast_object_list
 
+from hf_diffusion.config.closed_output import ending_with_its_reader, nobody_reads
 from hf_diffusion.config.command_line import parse_config
 from hf_diffusion.config.publishing import STARTED_AS
 from hf_diffusion.config.run_options import TrainingConfig
@@ -49,6 +50,18 @@ def run(
     the process.
     """
     prog = os.environ.get(STARTED_AS) or prog or Path(sys.argv[0]).name
+    with ending_with_its_reader():
+        _run(config_class, build, argv, prog, load)
+    return 0
+
+
+def _run(
+    config_class: type[TrainingConfig],
+    build: Build,
+    argv: Sequence[str] | None,
+    prog: str,
+    load: Callable[..., TrainingData],
+) -> None:
     config = parse_config(config_class, argv, prog=prog)
     with ExitStack() as until_the_end, one_sentence_errors(prog, config.traceback):
         accelerator = start(config)
@@ -63,7 +76,7 @@ def run(
             raise ValueError(f"init_from {config.init_from}: {prog} begins with new weights only; leave it out")
         if config.dry_run:
             dry_run(trainer, lambda: build(faster(config, data), accelerator, data))
-            return 0
+            return
         # only now: all that can be checked is checked and built
         if accelerator.is_main_process and config.overwrites:
             move_former_run(trainer.output_dir)
@@ -72,7 +85,6 @@ def run(
         held = until_the_end.pop_all()
     with held:
         train_and_share(trainer, command=[prog, *(sys.argv[1:] if argv is None else argv)])
-    return 0
 
 
 def settle(config: TrainingConfig, accelerator: Accelerator, data: TrainingData, build: Build) -> Accelerator:
@@ -134,7 +146,7 @@ def one_sentence_errors(prog: str, traceback: bool = False) -> Iterator[None]:
     try:
         yield
     except (ValueError, OSError, ImportError) as error:
-        if traceback:
+        if traceback or nobody_reads(error):
             raise
         raise SystemExit(f"{prog}: {error}") from error
 
