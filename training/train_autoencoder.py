@@ -97,7 +97,7 @@ class AutoencoderConfig(AutoencodingOptions, TrainingConfig, DataOptions):
         tied=None,
     )
     eval_num_images: int = option(1000, "images that are given back for eval_metrics", at_least=2, tied=None)
-    eval_features: str = option("pixels", "network for rfd, as in hf-diffusion evaluate", is_path=True, tied=None)
+    eval_features: str = option("auto", "network for rfd, as in hf-diffusion evaluate", is_path=True, tied=None)
     eval_batch_size: int = option(64, "images that a process measures at a time", at_least=1, tied=None)
     eval_split: str | None = option(
         None, "split whose images are given back, such as train[90%:] or test; none takes the training's", tied=None

@@ -200,9 +200,9 @@ class MeasureOptions:
     # number only.
     eval_num_images: int = option(1000, "images drawn for eval_metrics, by all processes together", at_least=1)
     eval_features: str = option(
-        "pixels",
+        "auto",
         "network that images are compared in: pixels, inception, trained (a small classifier of the data), or a "
-        "file, as in hf-diffusion evaluate",
+        "file, as in hf-diffusion evaluate; auto is pixels where they are few enough, else trained",
         is_path=True,
     )
     eval_batch_size: int = option(64, "images that a process draws or measures at a time", at_least=1)
