@@ -22,6 +22,7 @@ from tqdm.auto import tqdm
 from transformers import AutoConfig, AutoModel, AutoModelForTextEncoding, AutoTokenizer, PreTrainedTokenizerFast
 from transformers.models.auto.modeling_auto import MODEL_FOR_TEXT_ENCODING_MAPPING
 
+from hf_diffusion.data.reaching import hub_or_cache
 from hf_diffusion.files import remove_partials, sha256, write_whole
 
 
@@ -163,7 +164,8 @@ def cache_folder() -> Path:
 def _one_sentence(source: str) -> Iterator[None]:
     """Turn what transformers raises into one sentence that names the encoder."""
     try:
-        yield
+        with hub_or_cache(source):
+            yield
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise ValueError(

@@ -23,6 +23,7 @@ from hf_diffusion.data.listing import (
     split_images,
 )
 from hf_diffusion.data.metadata import read_metadata
+from hf_diffusion.data.reaching import hub_or_cache
 from hf_diffusion.data.selection import Split, rows_of_split, rows_of_stream
 from hf_diffusion.data.source import AnyDataset, Source
 
@@ -73,12 +74,12 @@ def one_sentence(name: str) -> Iterator[None]:
     except datasets.exceptions.DatasetNotFoundError as error:
         raise ValueError(
             f"data set {name!r} does not exist on the Hub or is not accessible; check the id, run `hf auth login` "
-            "if it is private or gated, or pass train_data_dir for local images"
+            "if it is private or gated, or give a folder or file that is here"
         ) from error
     except ConnectionError as error:
         raise ConnectionError(
             f"the Hub cannot be reached for data set {name!r} and the cache does not hold it; connect to the network, "
-            "pass train_data_dir for local images, or use dataset_name 'digits'"
+            "or give a folder or file that is here"
         ) from error
     except Exception as error:
         # Ours were raised in this package and are whole sentences.
@@ -111,7 +112,8 @@ def _raised_here(error: BaseException) -> bool:
 
 def _open_hub(name: str, config: str | None, split: str, streaming: bool, cache_dir: str | None) -> Source:
     asked = Split.parse(split)
-    dataset = datasets.load_dataset(name, config, split=asked.name, streaming=streaming, cache_dir=cache_dir)
+    with hub_or_cache(name):
+        dataset = datasets.load_dataset(name, config, split=asked.name, streaming=streaming, cache_dir=cache_dir)
     if not asked.is_part:
         return Source(dataset, name)
     if not streaming:

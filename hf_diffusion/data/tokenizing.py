@@ -17,6 +17,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedToken
 
 from hf_diffusion.data.documents import Documents
 from hf_diffusion.data.errors import BadData
+from hf_diffusion.data.reaching import hub_or_cache
 from hf_diffusion.files import write_folder
 
 
@@ -47,7 +48,8 @@ def open_tokenizer(name: str, texts: Callable[[], Iterable[str]]) -> PreTrainedT
     if name == "chars":
         return character_tokenizer({character for text in texts() for character in set(text)})
     try:
-        return AutoTokenizer.from_pretrained(name)
+        with hub_or_cache(name):
+            return AutoTokenizer.from_pretrained(name)
     # transformers raises many kinds for a folder without a tokenizer
     except Exception as error:
         reason = " ".join(str(error).split())
