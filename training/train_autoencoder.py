@@ -30,6 +30,7 @@ from hf_diffusion.config.run_options import TrainingConfig
 from hf_diffusion.config.shared_options import DataOptions
 from hf_diffusion.data.protocol import TrainingData
 from hf_diffusion.data.splits import load_unaugmented
+from hf_diffusion.data.waiting import main_first
 from hf_diffusion.evaluation.perceptual import perceptual_distance
 from hf_diffusion.evaluation.reconstruction import ReconstructionEvaluator, measured_latents, reconstruction_grid
 from hf_diffusion.files import write_folder
@@ -231,7 +232,7 @@ def build_evaluators(
 ) -> tuple[list[ReconstructionEvaluator], TrainingData]:
     """What is measured, and the images that are given back: held out, where a split is named."""
     plain = originals = data
-    with accelerator.main_process_first():
+    with main_first(accelerator):
         if config.random_flip or not config.center_crop:
             plain = originals = load_unaugmented(config.data_arguments(), data)
         if config.eval_split is not None:

@@ -36,6 +36,7 @@ from hf_diffusion.data.caption_coders import (
     train_tokenizer,
 )
 from hf_diffusion.data.protocol import TrainingData
+from hf_diffusion.data.waiting import main_first
 from hf_diffusion.loop.fine_tuning import started_from
 from hf_diffusion.loop.generative import generative_trainer
 from hf_diffusion.loop.start import run
@@ -234,7 +235,7 @@ def build(config: TextToImageConfig, accelerator: Accelerator, data: TrainingDat
     """The trainer of a network, which users get with the encoder of texts and its tokenizer."""
     is_frozen = config.text_encoder != SCRATCH
     # One process computes the embeddings, the others find them in the cache.
-    with accelerator.main_process_first():
+    with main_first(accelerator):
         coder, network = build_frozen(config, data, accelerator.device) if is_frozen else build_reading(config, data)
         data.encode_captions(coder)
     objective = build_objective(config, accelerator, network, coder)

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from tqdm.auto import tqdm
 
 from hf_diffusion.data.protocol import TrainingData
+from hf_diffusion.data.waiting import main_first
 from hf_diffusion.evaluation.feature_networks import MOST_PIXELS, ResNetFeatures
 from hf_diffusion.evaluation.reference import cache_folder
 from hf_diffusion.files import remove_partials, write_whole
@@ -84,7 +85,7 @@ def trained_network_file(data: TrainingData, cache_dir: str | os.PathLike | None
     key = hashlib.sha256(json.dumps(recipe).encode()).hexdigest()[:8]
     name = re.sub(r"[^\w.-]+", "-", Path(data.name).name)
     path = Path(cache_dir or cache_folder()) / f"trained-on-{name}-{key}.safetensors"
-    with PartialState().main_process_first():
+    with main_first(PartialState()):
         if not path.is_file():
             net, accuracy = train_classifier(data)
             print(f"trained a feature network on {data.name}: it knows {accuracy:.1%} of the held-out images ({path})")
