@@ -313,9 +313,10 @@ def test_settings_that_contradict_each_other_are_refused(given, message):
 
 
 @pytest.mark.slow
-def test_two_processes_follow_the_run_of_one_with_the_same_global_batch(text, tmp_path):
+@pytest.mark.parametrize("reading", [[], ["--streaming", "--dataloader_num_workers", "1"]], ids=["kept", "streamed"])
+def test_two_processes_follow_the_run_of_one_with_the_same_global_batch(text, tmp_path, reading):
     for processes, batch in ((1, "8"), (2, "4")):
-        flags = [*TINY, "--train_data_dir", str(text), "--train_batch_size", batch]
+        flags = [*TINY, "--train_data_dir", str(text), "--train_batch_size", batch, *reading]
         words = [
             *launcher(processes),
             "training/train_text.py",
