@@ -19,6 +19,7 @@ from hf_diffusion.commands.space import SpaceCommand
 from hf_diffusion.commands.train import TrainCommand
 from hf_diffusion.commands.tune_steps import TuneStepsCommand
 from hf_diffusion.commands.watch import WatchCommand
+from hf_diffusion.config.closed_output import ending_with_its_reader, nobody_reads
 from hf_diffusion.config.command_line import OneSentenceParser
 from hf_diffusion.config.options import UsageError
 
@@ -44,14 +45,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status: 0, 1 for a failure, 2 for a wrong command line."""
     # A notebook hands its own on, which need not be installed here; figures go into files.
     os.environ["MPLBACKEND"] = "agg"
-    name, *words = choose_command(sys.argv[1:] if argv is None else argv)
+    with ending_with_its_reader():
+        return run(sys.argv[1:] if argv is None else argv)
+
+
+def run(argv: Sequence[str]) -> int:
+    """Run the command that the words name; returns the exit status."""
+    name, *words = choose_command(argv)
     command = COMMANDS[name].parsed(words, f"{PROG} {name}")
     try:
         return command.run() or 0
     except KeyboardInterrupt:
         return interrupted()
     except Exception as error:
-        if command.traceback:
+        if command.traceback or nobody_reads(error):
             raise
         print(f"{PROG} {name}: {' '.join(str(error).split()) or repr(error)}", file=sys.stderr)
         return 2 if isinstance(error, UsageError) else 1

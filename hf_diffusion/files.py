@@ -1,7 +1,8 @@
-"""One way to write a file: whole or not at all."""
+"""One way to write a file, or a folder: whole or not at all."""
 
 import hashlib
 import os
+import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -39,6 +40,36 @@ def write_shown(path: str | os.PathLike, shown: Any) -> Path:
     return write_whole(f"{path}.png", lambda file: shown.save(file, format="PNG"))
 
 
+def write_folder(path: str | os.PathLike, write: Callable[[Path], object], last: str) -> Path:
+    """Write a folder whose files take their names when all of them are complete; returns its path.
+
+    `write(folder)` writes into an empty folder. A folder that is there keeps its other files, and
+    gets the new ones one after the other, the one called `last` at the end: with it, the folder is
+    whole. A failure leaves the former files as they were.
+    """
+    path = Path(path)
+    # The same file system, and surely writable.
+    place = path if path.is_dir() else path.absolute().parent
+    remove_partials(place)
+    partial = place / f".{path.name}.{os.getpid()}.partial"
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        write(partial)
+        try:
+            partial.rename(path)
+        # There is one, perhaps of a process that was faster.
+        except OSError:
+            files = (file for file in partial.rglob("*") if file.is_file())
+            for file in sorted(files, key=lambda file: file.name == last):
+                target = path / file.relative_to(partial)
+                target.parent.mkdir(parents=True, exist_ok=True)
+                os.replace(file, target)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return path
+
+
 def remove_partials(*folders: str | os.PathLike) -> None:
     """Remove what processes that were killed while they wrote have left in folders.
 
@@ -47,8 +78,11 @@ def remove_partials(*folders: str | os.PathLike) -> None:
     for folder in folders:
         for path in Path(folder).glob(".*.partial"):
             process = path.name.split(".")[-2]
-            if process.isdecimal() and not _is_alive(int(process)) and time.time() - path.stat().st_mtime > 60:
-                path.unlink(missing_ok=True)
+            if not process.isdecimal() or _is_alive(int(process)):
+                continue
+            newest = max((file.stat().st_mtime for file in (path, *path.rglob("*"))), default=0)
+            if time.time() - newest > 60:
+                shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
 
 def _is_alive(process: int) -> bool:

@@ -109,7 +109,8 @@ def test_the_commands_of_a_page_are_taken_as_they_stand(page, tmp_path, monkeypa
     # The top of a clone in which all that the commands name is there.
     for name in ("training", "model_cards", "docs"):
         (tmp_path / name).symlink_to(ROOT / name)
-    (tmp_path / "my_images").mkdir()
+    for name in ("my_images", "my_texts"):
+        (tmp_path / name).mkdir()
     monkeypatch.chdir(tmp_path)
     for words in commands(page):
         for folder in [Path(word) for word in words if word.startswith("runs/")]:

@@ -79,11 +79,11 @@ def main() -> int:
     trained = time.perf_counter()
     images, labels = draw_in_a_new_process(OUTPUT, PER_CLASS)
     from hf_diffusion.figures.grid import labelled_grid
+    from hf_diffusion.files import write_shown
 
     first = np.concatenate([np.flatnonzero(labels == digit)[:8] for digit in range(10)])
-    labelled_grid(images[first], columns=8, row_labels=[str(digit) for digit in range(10)]).save(
-        OUTPUT / "demo_grid.png"
-    )
+    grid = labelled_grid(images[first], columns=8, row_labels=[str(digit) for digit in range(10)])
+    write_shown(OUTPUT / "demo_grid", grid)
     accuracy = judge(images, labels)
     drawn = time.perf_counter() - trained
     print(

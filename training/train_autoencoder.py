@@ -21,6 +21,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from accelerate import Accelerator
 from diffusers import AutoencoderKL, VQModel
+from diffusers.utils import CONFIG_NAME
 from PIL import Image
 from torch import nn
 
@@ -29,8 +30,10 @@ from hf_diffusion.config.run_options import TrainingConfig
 from hf_diffusion.config.shared_options import DataOptions
 from hf_diffusion.data.protocol import TrainingData
 from hf_diffusion.data.splits import load_unaugmented
+from hf_diffusion.data.waiting import main_first
 from hf_diffusion.evaluation.perceptual import perceptual_distance
 from hf_diffusion.evaluation.reconstruction import ReconstructionEvaluator, measured_latents, reconstruction_grid
+from hf_diffusion.files import write_folder
 from hf_diffusion.loop.fine_tuning import started_from
 from hf_diffusion.loop.generative import check_best_metric
 from hf_diffusion.loop.start import run
@@ -95,7 +98,7 @@ class AutoencoderConfig(AutoencodingOptions, TrainingConfig, DataOptions):
         tied=None,
     )
     eval_num_images: int = option(1000, "images that are given back for eval_metrics", at_least=2, tied=None)
-    eval_features: str = option("pixels", "network for rfd, as in hf-diffusion evaluate", is_path=True, tied=None)
+    eval_features: str = option("auto", "network for rfd, as in hf-diffusion evaluate", is_path=True, tied=None)
     eval_batch_size: int = option(64, "images that a process measures at a time", at_least=1, tied=None)
     eval_split: str | None = option(
         None, "split whose images are given back, such as train[90%:] or test; none takes the training's", tied=None
@@ -221,7 +224,7 @@ def build(config: AutoencoderConfig, accelerator: Accelerator, data: TrainingDat
     def export(network: Reconstructor, folder: Path) -> None:
         found = measured_latents(network, data, config.scaling_images, config.eval_batch_size)
         network.autoencoder.register_to_config(**scaling(found, config.latent_scaling, config.quantised))
-        network.autoencoder.save_pretrained(folder)
+        write_folder(folder, network.autoencoder.save_pretrained, last=CONFIG_NAME)
 
     def preview(network: nn.Module) -> Image.Image:
         return reconstruction_grid(network, originals, max(2, config.num_sample_images // 2))
@@ -234,7 +237,7 @@ def build_evaluators(
 ) -> tuple[list[ReconstructionEvaluator], TrainingData]:
     """What is measured, and the images that are given back: held out, where a split is named."""
     plain = originals = data
-    with accelerator.main_process_first():
+    with main_first(accelerator):
         if config.random_flip or not config.center_crop:
             plain = originals = load_unaugmented(config.data_arguments(), data)
         if config.eval_split is not None:

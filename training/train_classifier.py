@@ -21,12 +21,14 @@ from typing import ClassVar, Literal
 
 import torch
 from accelerate import Accelerator
+from diffusers.utils import CONFIG_NAME
 from torch import nn
 
 from hf_diffusion.config.options import option
 from hf_diffusion.config.run_options import TrainingConfig
 from hf_diffusion.config.shared_options import DataOptions, NoiseScheduleOptions, UNetOptions
 from hf_diffusion.data.protocol import TrainingData
+from hf_diffusion.files import write_folder
 from hf_diffusion.loop.fine_tuning import started_from
 from hf_diffusion.loop.generative import check_best_metric, held_out_loss
 from hf_diffusion.loop.start import run
@@ -102,7 +104,7 @@ def build(config: ClassifierConfig, accelerator: Accelerator, data: TrainingData
     check_best_metric(config, evaluators)
 
     def export(network: nn.Module, folder: Path) -> None:
-        network.save_pretrained(folder)
+        write_folder(folder, network.save_pretrained, last=CONFIG_NAME)
 
     return Trainer(config, accelerator, objective, data, export, evaluators=evaluators)
 

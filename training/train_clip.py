@@ -19,6 +19,7 @@ from typing import Any, ClassVar
 
 import torch
 from accelerate import Accelerator
+from diffusers.utils import CONFIG_NAME
 from torch import nn
 
 from hf_diffusion.config.caption_options import CaptionOptions
@@ -26,6 +27,7 @@ from hf_diffusion.config.options import option
 from hf_diffusion.config.run_options import TrainingConfig
 from hf_diffusion.config.shared_options import DataOptions, NoiseScheduleOptions
 from hf_diffusion.data.protocol import TrainingData
+from hf_diffusion.files import write_folder
 from hf_diffusion.loop.fine_tuning import started_from
 from hf_diffusion.loop.generative import check_best_metric, held_out_loss
 from hf_diffusion.loop.readers import token_coder, trained_clip_reader
@@ -98,8 +100,11 @@ def build(config: CLIPConfig, accelerator: Accelerator, data: TrainingData) -> T
     check_best_metric(config, evaluators)
 
     def export(network: nn.Module, folder: Path) -> None:
-        network.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
+        def write(place: Path) -> None:
+            network.save_pretrained(place)
+            tokenizer.save_pretrained(place)
+
+        write_folder(folder, write, last=CONFIG_NAME)
 
     return Trainer(config, accelerator, objective, data, export, evaluators=evaluators)
 

@@ -30,6 +30,7 @@ from hf_diffusion.config.shared_options import (
 )
 from hf_diffusion.data.caption_coders import EmbeddingCoder, TokenCoder, fitting_length, load_text_encoder
 from hf_diffusion.data.protocol import TrainingData
+from hf_diffusion.data.waiting import main_first
 from hf_diffusion.loop.fine_tuning import Trained, check_process, fitted, take_shape
 from hf_diffusion.loop.generative import generative_trainer
 from hf_diffusion.loop.readers import (
@@ -234,7 +235,7 @@ def build(config: TextToImageConfig, accelerator: Accelerator, data: TrainingDat
             "label_dropout 0 never sees; give guidance_scale 1, or a label_dropout"
         )
     # One process computes the embeddings, the others find them in the cache.
-    with accelerator.main_process_first():
+    with main_first(accelerator):
         coder, network = (build_frozen if is_frozen else build_reading)(config, data, accelerator)
         data.encode_captions(coder)
     objective = build_objective(config, accelerator, network, coder)

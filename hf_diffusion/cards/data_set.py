@@ -8,6 +8,7 @@ from typing import Any
 from huggingface_hub import constants, hf_hub_download
 from huggingface_hub.errors import HFValidationError
 
+from hf_diffusion.data.reaching import hub_or_cache
 from hf_diffusion.hub.card_format import parse_card
 from hf_diffusion.hub.errors import bounded_requests, is_transient
 
@@ -46,7 +47,7 @@ def data_set_facts(
     name, folder = hub_data_set(config, data or {}), config.get("train_data_dir") or config.get("dataset_name")
     try:
         if name is not None:
-            with bounded_requests():
+            with hub_or_cache(name), bounded_requests():
                 card = Path(hf_hub_download(name, CARD, repo_type="dataset", cache_dir=cache_dir))
             where = f"{constants.ENDPOINT}/datasets/{name}"
         elif folder is not None and (Path(folder) / CARD).is_file():

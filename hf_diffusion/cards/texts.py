@@ -8,7 +8,6 @@ import torch
 from diffusers import DiffusionPipeline
 
 from hf_diffusion.data.protocol import TrainingData
-from hf_diffusion.data.selection import evenly_spaced
 from hf_diffusion.files import write_shown
 
 
@@ -46,19 +45,20 @@ def sentence_of_copies(samples: np.ndarray, data: TrainingData) -> str:
     found = np.array([data.longest_copy(sample) for sample in samples])
     real = np.array([data.longest_copy(sample, but_once=True) for sample in _spread(data, len(samples))])
     return (
-        f"The longest stretch that a text shares word for word with another place of the training data: in "
+        f"The longest stretch that a text shares word for word with another place of {data.searched_for_copies}: in "
         f"{len(found)} samples median {np.median(found):g} and longest {found.max()} tokens, in as many texts of the "
         f"training data median {np.median(real):g} and longest {real.max()}."
     )
 
 
 def _spread(data: TrainingData, count: int) -> np.ndarray:
-    return data.to_samples(data.fetch(evenly_spaced(len(data), count), 0))
+    """Evenly spaced texts (N, L), of a stream the first."""
+    return data.to_samples(next(data.once(count, count)))
 
 
 def _infills(pipe: DiffusionPipeline, data: TrainingData, seed: int, options: dict[str, Any]) -> str:
-    rows = evenly_spaced(len(data), INFILLS + 2)[1:-1]
-    originals = torch.from_numpy(data.to_samples(data.fetch(rows, 0)))
+    # neither the first, which may be a title, nor the last
+    originals = torch.from_numpy(_spread(data, INFILLS + 2)[1:-1])
     third = originals.shape[1] // 3
     parts = originals[:, :third], originals[:, third:-third], originals[:, -third:]
     (starts, middles, ends), shown = map(pipe.tokenizer.batch_decode, parts), []

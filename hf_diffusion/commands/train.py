@@ -13,6 +13,7 @@ from hf_diffusion.commands.script_settings import config_class
 from hf_diffusion.config.command_line import OneSentenceParser, check_flags
 from hf_diffusion.config.options import RECIPES, settings
 from hf_diffusion.config.publishing import STARTED_AS
+from hf_diffusion.config.shared_options import place_data
 
 
 # Installed, the scripts are a package; in a clone, a link to the folder at the top.
@@ -53,7 +54,12 @@ class TrainCommand(Command):
             parser.error(f"num_processes: got {own.num_processes}; allowed: at least 1")
         options = config_class(f"{PACKAGE}.train_{family}")
         # Ends where --help is asked for, or a flag is wrong.
-        check_flags(options, rest, parser.prog)
+        config = check_flags(options, rest, parser.prog)
+        if config.data is not None:
+            try:
+                place_data(config)
+            except ValueError as error:
+                parser.error(str(error))
         if not _chosen(rest) & {*OWN_CHOICE, *_network_settings(options)}:
             rest = ["--preset", "auto", *rest]
         # The script tells of a user's mistakes; what else goes wrong is ours, and shown whole.

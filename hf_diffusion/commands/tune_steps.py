@@ -4,6 +4,7 @@ import dataclasses
 import inspect
 import json
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -99,12 +100,14 @@ class TuneStepsCommand(SamplingOptions, Command):
 
     def trajectories(self, pipeline: "DiffusionPipeline", options: dict, first: int, count: int) -> "Trajectories":
         """Those of `count` noises from the seed `first` on, with the classes in turn."""
-        from hf_diffusion.evaluation.feature_networks import load_feature_network
+        from hf_diffusion.evaluation.feature_networks import load_feature_network, raw_values
         from hf_diffusion.evaluation.inputs import sample_shape
         from hf_diffusion.evaluation.step_search import Trajectories
         from hf_diffusion.sampling.drawing import choose_labels
 
-        network = load_feature_network(self.features, sample_shape(pipeline), pipeline.device)
+        # Squared distances need no covariance, so samples may be large.
+        load = raw_values if self.features == "pixels" else partial(load_feature_network, self.features)
+        network = load(sample_shape(pipeline), pipeline.device)
         classes = choose_labels(pipeline, self.class_labels)
         labels = None if classes is None else [classes[i % len(classes)] for i in range(count)]
         print(f"{count} samples in {self.reference_steps} steps of {self.solver}", flush=True)

@@ -62,10 +62,13 @@ def parse_config(cls: type[Config], argv: Sequence[str] | None = None, *, prog: 
     return config
 
 
-def check_flags(cls: type, argv: Sequence[str], prog: str) -> None:
-    """End the process as `parse_config` does for --help and for what a single setting shows to be
-    wrong."""
-    _read(cls, argv, prog)
+def check_flags(cls: type[Config], argv: Sequence[str], prog: str) -> Config:
+    """The settings, which do not contradict each other for certain yet.
+
+    Ends the process as `parse_config` does for --help and for what a single setting shows to be
+    wrong.
+    """
+    return _read(cls, argv, prog)[0]
 
 
 def _read(cls: type[Config], argv: Sequence[str] | None, prog: str | None) -> tuple[Config, OneSentenceParser]:

@@ -141,6 +141,13 @@ class TrainingConfig:
     lr_decay_steps: int | None = option(
         None, "last steps over which trapezoid decays; none is 30 % of the run", at_least=1
     )
+    # So that the file of settings repeats the run.
+    lr_decay_ends: tuple[int, ...] = option(
+        (),
+        "what max_train_minutes has planned during the decay of trapezoid, which must meet its time: steps, each with "
+        "the step at which the rate would be 0",
+        at_least=0,
+    )
     adam_beta1: float = option(0.9, "decay of AdamW's mean of the gradients", at_least=0, below=1)
     adam_beta2: float = option(0.999, "decay of AdamW's mean of the squared gradients", at_least=0, below=1)
     # 0 as in the published recipes: the average over the weights already keeps the sampled network
@@ -342,6 +349,13 @@ class TrainingConfig:
             raise ValueError("output_dir is empty; give a folder")
         if self.resume_from_checkpoint == "hub" and not self.hub_model_id and not self.push_to_hub:
             raise ValueError("resume_from_checkpoint hub needs hub_model_id, the repository with the checkpoint")
+        starts, ends = self.lr_decay_ends[::2], self.lr_decay_ends[1::2]
+        is_line = all(one < other for one, other in zip(starts, starts[1:]))
+        if len(starts) != len(ends) or not is_line or any(end <= start for start, end in zip(starts, ends)):
+            raise ValueError(
+                f"lr_decay_ends {', '.join(map(str, self.lr_decay_ends))} must be pairs of a step and a later end, in "
+                "order; leave it out"
+            )
         if self.max_train_steps and (self.lr_warmup_steps or 0) > self.max_train_steps:
             raise ValueError(
                 f"lr_warmup_steps {self.lr_warmup_steps} is longer than the run of {self.max_train_steps} steps; "

@@ -3,8 +3,10 @@
 Each checks its own.
 """
 
+import difflib
 import os
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar, Literal
 
@@ -12,6 +14,11 @@ from hf_diffusion.config import preset
 from hf_diffusion.config.options import option
 from hf_diffusion.config.preset import Choice, Circumstances
 from hf_diffusion.config.run_options import check_exclusive
+
+
+# Endings that say that a name is a path.
+FILES = (".zip", ".tar", ".gz", ".parquet", ".arrow", ".npz", ".npy", ".txt", ".jsonl", ".json", ".csv", ".tsv")
+FILES += (".png", ".jpg", ".jpeg", ".webp")
 
 
 @dataclass(kw_only=True)
@@ -28,6 +35,9 @@ class DataOptions:
             ("train_data_dir", "image_column", "label_column"),
         ),
     )
+
+    # Sets that need neither a file nor a network; those of the data room, as a test says.
+    built_in: ClassVar[tuple[str, ...]] = ("digits", "eight_gaussians", "swiss_roll", "checkerboard")
 
     # What it names is put into one of the two below, which are what a run records.
     data: str | None = option(
@@ -89,10 +99,7 @@ class DataOptions:
                 "the Hub (or --dataset_name or --train_data_dir)"
             )
         check_exclusive(self, "dataset_name", "train_data_dir", "the data to train on")
-        if self.streaming and self.num_epochs:
-            raise ValueError(
-                "num_epochs needs the number of images, which a stream does not tell; give max_train_steps instead"
-            )
+        check_length_of_stream(self)
         if self.dataset_config_name and not self.dataset_name:
             raise ValueError(
                 f"dataset_config_name {self.dataset_config_name!r} needs dataset_name, the data set that it belongs to"
@@ -105,6 +112,14 @@ class DataOptions:
         return {**{name: getattr(self, name) for name in names}, "label_column": label_column, "seed": self.seed}
 
 
+def check_length_of_stream(config: Any) -> None:
+    """ValueError for passes over data that nobody has counted."""
+    if config.streaming and config.num_epochs:
+        raise ValueError(
+            "num_epochs needs the number of samples, which a stream does not tell; give max_train_steps instead"
+        )
+
+
 def place_data(config: Any) -> None:
     """Put what `data` names where it belongs: a path that is there into `train_data_dir`, else a
     name into `dataset_name`.
@@ -114,15 +129,42 @@ def place_data(config: Any) -> None:
             raise ValueError(
                 f"data {config.data!r} and {name} {getattr(config, name)!r} both say the data to train on; give one"
             )
-    if os.path.exists(config.data):
+    built_in = getattr(config, "built_in", ())
+    near = _near(config.data, built_in)
+    # A mistyped path in a folder that is here rather than somebody's repository.
+    is_path = near and os.path.isdir(os.path.expanduser(os.path.dirname(config.data) or "?"))
+    if os.path.exists(os.path.expanduser(config.data)):
         config.train_data_dir = config.data
-    elif re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", config.data):
+    elif config.data in built_in or (_may_be_on_the_hub(config.data) and not is_path):
         config.dataset_name = config.data
     else:
+        meant = f"did you mean {' or '.join(near)}? Else give a path" if near else "give one"
+        built = f", one of {', '.join(built_in)}" if built_in else ""
+        is_id = re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", config.data)
+        named = f"; --dataset_name {config.data} asks the Hub for it all the same" if is_id else ""
         raise ValueError(
-            f"data {config.data!r} is no folder or file here; give one, or user/name of a data set on the Hub"
+            f"data {config.data!r} is no folder or file here; {meant}{built}, or user/name of a data set on the "
+            f"Hub{named}"
         )
     config.data = None
+
+
+def _may_be_on_the_hub(name: str) -> bool:
+    """Whether it has the form user/name, and no ending of a file."""
+    is_id = re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name)
+    return is_id is not None and os.path.splitext(name)[1].lower() not in FILES
+
+
+def _near(name: str, built_in: Sequence[str]) -> list[str]:
+    """Up to three paths and built-in names that a mistyped one may stand for."""
+    folder, last = os.path.split(os.path.expanduser(name.rstrip("/")))
+    try:
+        there = [entry for entry in os.listdir(folder or ".") if not entry.startswith(".")]
+    except OSError:
+        there = []
+    names = {entry.lower(): os.path.join(folder, entry) for entry in there}
+    names |= {} if folder else {entry: entry for entry in built_in}
+    return [names[close] for close in difflib.get_close_matches(last.lower(), names, n=3, cutoff=0.6)]
 
 
 @dataclass(kw_only=True)
@@ -195,9 +237,9 @@ class MeasureOptions:
     # number only.
     eval_num_images: int = option(1000, "images drawn for eval_metrics, by all processes together", at_least=1)
     eval_features: str = option(
-        "pixels",
+        "auto",
         "network that images are compared in: pixels, inception, trained (a small classifier of the data), or a "
-        "file, as in hf-diffusion evaluate",
+        "file, as in hf-diffusion evaluate; auto is pixels where they are few enough, else trained",
         is_path=True,
     )
     eval_batch_size: int = option(64, "images that a process draws or measures at a time", at_least=1)

@@ -5,7 +5,7 @@ from typing import Any, ClassVar
 
 from hf_diffusion.config.options import option
 from hf_diffusion.config.run_options import check_exclusive
-from hf_diffusion.config.shared_options import place_data
+from hf_diffusion.config.shared_options import check_length_of_stream, place_data
 
 
 @dataclass(kw_only=True)
@@ -58,6 +58,7 @@ class TextDataOptions:
     # A place that is always the first of a sequence is never learned from its left.
     random_offset: bool = option(True, "cut sequences elsewhere in each epoch")
     max_train_samples: int | None = option(None, "use only so many sequences", at_least=1)
+    streaming: bool = option(False, "read and tokenise the texts while training instead of all of them first")
 
     eval_split: str | None = option(
         None, "split whose bound is measured at every eval_steps, such as train[90%:]", group="evaluation", often=True
@@ -69,6 +70,7 @@ class TextDataOptions:
         if self.data is not None:
             place_data(self)
         check_exclusive(self, "dataset_name", "train_data_dir", "the texts to train on")
+        check_length_of_stream(self)
         if self.dataset_config_name and not self.dataset_name:
             raise ValueError(
                 f"dataset_config_name {self.dataset_config_name!r} needs dataset_name, the data set that it belongs to"

@@ -32,7 +32,7 @@ from hf_diffusion.convert.openai import (
     unet_to_openai,
 )
 from hf_diffusion.convert.stock import label_row, pipeline_to_stock
-from hf_diffusion.files import write_whole
+from hf_diffusion.files import write_folder, write_whole
 from hf_diffusion.hub.loading import load_pipeline
 from hf_diffusion.models.ncsnpp_ddgan import DDGANDiscriminator
 from hf_diffusion.models.unet_adm import ADMClassifier, ADMUNet2DModel
@@ -58,7 +58,7 @@ def write_stock(source: str, output: Path, class_label: str | None) -> None:
     labels = None if row in (None, pipe.null_class_id) else [row] * len(seeds)
     ours = draw_floats(pipe, seeds, labels, num_inference_steps=steps)
     theirs = draw_floats(stock, seeds, None, num_inference_steps=steps, **call)
-    stock.save_pretrained(output)
+    write_folder(output, stock.save_pretrained, last=stock.config_name)
     arguments = ", ".join(f"{name}={value}" for name, value in call.items())
     print(
         f"{output}: {type(stock).__name__} with {type(stock.unet).__name__} and {type(stock.scheduler).__name__}; "
@@ -85,7 +85,7 @@ def write_from_openai(checkpoint: Path, output: Path, flags: str) -> None:
         process_flags = _typed(given, scheduler_from_openai)
     state = read_openai_checkpoint(checkpoint)
     if is_classifier:
-        classifier_from_openai(state, model_flags).save_pretrained(output)
+        write_folder(output, classifier_from_openai(state, model_flags).save_pretrained, last=ModelMixin.config_name)
     else:
         unet, scheduler = unet_from_openai(state, model_flags), scheduler_from_openai(**process_flags)
         ClassifierFreeGuidancePipeline(unet, scheduler).save_pretrained(output)
@@ -134,9 +134,13 @@ def write_from_nvlabs(checkpoint: Path, output: Path, given: str) -> None:
     flags = checkpoint.flags | asked
     generator, scheduler = generator_from_nvlabs(checkpoint.generator, flags), scheduler_from_nvlabs(flags)
     critic = checkpoint.discriminator and discriminator_from_nvlabs(checkpoint.discriminator, flags)
-    DDGANPipeline(generator, scheduler).save_pretrained(output)
-    if critic is not None:
-        critic.save_pretrained(output / DISCRIMINATOR)
+
+    def write(folder: Path) -> None:
+        DDGANPipeline(generator, scheduler).save_pretrained(folder)
+        if critic is not None:
+            critic.save_pretrained(folder / DISCRIMINATOR)
+
+    write_folder(output, write, last=DDGANPipeline.config_name)
     beside = f" (and a DDGANDiscriminator in {DISCRIMINATOR}/)" if critic is not None else ""
     print(
         f"{output}: DDGANPipeline of {len(scheduler)} steps{beside} from {checkpoint_file}, {checkpoint.kind}; "

@@ -13,6 +13,8 @@ import torch
 from diffusers import AutoencoderDC, AutoencoderKL, AutoencoderTiny, ModelMixin, VQModel
 from torch import Tensor
 
+from hf_diffusion.data.reaching import hub_or_cache
+
 
 KINDS = {cls.__name__: cls for cls in (AutoencoderKL, AutoencoderTiny, AutoencoderDC, VQModel)}
 CONFIG = "config.json"
@@ -25,6 +27,11 @@ def load_autoencoder(source: str, device: torch.device | str = "cpu") -> ModelMi
 
     ValueError for another class, and where there is none. Weights are read as safetensors.
     """
+    with hub_or_cache(source):
+        return _load(source).to(device).eval().requires_grad_(False)
+
+
+def _load(source: str) -> ModelMixin:
     where, config = {}, _config_of(source, {})
     if config is None:
         where = {"subfolder": "vae"}
@@ -33,8 +40,7 @@ def load_autoencoder(source: str, device: torch.device | str = "cpu") -> ModelMi
     if name not in KINDS:
         found = f"holds a {name}" if name else "holds no autoencoder"
         raise ValueError(f"vae {source} {found}; give the folder or Hub id of one of {', '.join(KINDS)}")
-    vae = KINDS[name].from_pretrained(source, **where, use_safetensors=True)
-    return vae.to(device).eval().requires_grad_(False)
+    return KINDS[name].from_pretrained(source, **where, use_safetensors=True)
 
 
 def _config_of(source: str, where: dict[str, str]) -> dict[str, Any] | None:

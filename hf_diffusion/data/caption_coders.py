@@ -23,7 +23,8 @@ from tqdm.auto import tqdm
 from transformers import AutoConfig, AutoModel, AutoModelForTextEncoding, AutoTokenizer, PreTrainedTokenizerFast
 from transformers.models.auto.modeling_auto import MODEL_FOR_TEXT_ENCODING_MAPPING
 
-from hf_diffusion.files import sha256, write_whole
+from hf_diffusion.data.reaching import hub_or_cache
+from hf_diffusion.files import remove_partials, sha256, write_whole
 
 
 logger = logging.getLogger(__name__)
@@ -173,7 +174,7 @@ class EmbeddingCoder:
                     np.lib.format.write_array_header_1_0(file, header)
                 file.write(hidden[inputs[1] > 0].half().cpu().numpy().tobytes())
 
-        path.parent.mkdir(parents=True, exist_ok=True)
+        remove_partials(path.parent)
         write_whole(places, lambda file: np.save(file, torch.stack([starts, counts]).numpy()))
         write_whole(path, write)
 
@@ -193,7 +194,8 @@ def cache_folder() -> Path:
 def _one_sentence(source: str) -> Iterator[None]:
     """Turn what transformers raises into one sentence that names the encoder."""
     try:
-        yield
+        with hub_or_cache(source):
+            yield
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise ValueError(

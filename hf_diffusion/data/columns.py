@@ -154,6 +154,16 @@ def read_labels(dataset: datasets.Dataset, column: str) -> tuple[np.ndarray, lis
     return labels, names
 
 
+def stream_classes(features: datasets.Features, column: str) -> list[str]:
+    """The class names of a stream, which only a ClassLabel column tells; ValueError for others."""
+    if not isinstance(features[column], datasets.ClassLabel):
+        raise ValueError(
+            f"column {column!r} is of type {features[column]}, whose classes are unknown before the stream was read; "
+            "load with streaming=False, choose a ClassLabel column, or pass --label_column none"
+        )
+    return list(features[column].names)
+
+
 def class_remarks(labels: np.ndarray | None, names: Sequence[str] | None, split: str) -> list[str]:
     """Classes without images, and names that differ in case or spaces only."""
     if labels is None:

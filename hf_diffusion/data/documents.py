@@ -7,11 +7,13 @@ import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 import datasets
 import numpy as np
 
 from hf_diffusion.data.columns import find_label_column, read_labels
+from hf_diffusion.data.errors import BadData
 from hf_diffusion.data.listing import counted
 from hf_diffusion.data.selection import SPLIT_NAMES, canonical_name, rows_of_split
 from hf_diffusion.data.sources import open_source
@@ -60,29 +62,53 @@ def open_documents(
 
     ValueError in one sentence where there is no text, or no such split.
     """
-    path = Path(train_data_dir or dataset_name or "").expanduser()
-    # As for images: the name of a file is published with the model, its folder is not.
-    name = path.resolve().name
-    if train_data_dir is not None or (dataset_name and path.exists()):
-        if not path.exists():
-            raise ValueError(f"train_data_dir {str(path)!r} does not exist; {TAKEN}")
-        files = _files_by_split(path)
-        kinds = {file.suffix.lower() for found in files.values() for file in found}
-        if kinds == {".txt"}:
-            if text_column is not None:
-                raise ValueError(f"text_column {text_column!r}: {name} holds .txt files, which have no columns")
-            return _of_lines(name, files, split)
-        if kinds and kinds <= set(TABLES):
-            return _of_local_table(name, files, split, text_column, label_column, cache_dir)
-        if path.is_file() and path.suffix.lower() != ".parquet":
-            raise ValueError(f"train_data_dir {str(path)!r} holds no text that is understood; {TAKEN}")
-        if len(kinds) > 1:
-            raise ValueError(f"{str(path)!r} mixes {', '.join(sorted(kinds))} files; keep one kind, or name one file")
+    files = files_of_text(dataset_name, train_data_dir, text_column)
+    if files is not None and files.ending == ".txt":
+        return _of_lines(files.name, files.by_split, split)
+    if files is not None:
+        return _of_local_table(files, split, text_column, label_column, cache_dir)
     source = open_source(dataset_name, dataset_config_name, train_data_dir, split, False, cache_dir)
     rows = np.arange(len(source.dataset)) if source.rows is None else np.array(source.rows)
     sizes = dict(source.splits or {split.partition("[")[0]: len(source.dataset)})
     name_of_split = canonical_name(split.partition("[")[0])
     return _of_table(source.name, source.dataset, rows, name_of_split, sizes, text_column, label_column)
+
+
+class TextFiles(NamedTuple):
+    """Files of text by split, in the order of their names, of one ending."""
+
+    name: str
+    ending: str
+    by_split: dict[str, list[Path]]
+
+    @property
+    def options(self) -> dict[str, str]:
+        """What their reader must be told."""
+        return {"sep": "\t"} if self.ending == ".tsv" else {}
+
+
+def files_of_text(dataset_name: str | None, train_data_dir: str | None, text_column: str | None) -> TextFiles | None:
+    """The .txt files or tables at a path; None for what `open_source` opens.
+
+    ValueError in one sentence for a path without text, and for files of several kinds.
+    """
+    path = Path(train_data_dir or dataset_name or "").expanduser()
+    if train_data_dir is None and not (dataset_name and path.exists()):
+        return None
+    if not path.exists():
+        raise ValueError(f"train_data_dir {str(path)!r} does not exist; {TAKEN}")
+    # As for images: the name of a file is published with the model, its folder is not.
+    name, by_split = path.resolve().name, _files_by_split(path)
+    kinds = sorted({file.suffix.lower() for found in by_split.values() for file in found})
+    if kinds == [".txt"] and text_column is not None:
+        raise ValueError(f"text_column {text_column!r}: {name} holds .txt files, which have no columns")
+    if len(kinds) > 1:
+        raise ValueError(f"{str(path)!r} mixes {', '.join(kinds)} files; keep one kind, or name one file")
+    if kinds and kinds[0] in (".txt", *TABLES):
+        return TextFiles(name, kinds[0], by_split)
+    if path.is_file() and path.suffix.lower() != ".parquet":
+        raise ValueError(f"train_data_dir {str(path)!r} holds no text that is understood; {TAKEN}")
+    return None
 
 
 def _files_by_split(path: Path) -> dict[str, list[Path]]:
@@ -109,7 +135,7 @@ def _files_by_split(path: Path) -> dict[str, list[Path]]:
 
 
 def _of_lines(name: str, files: dict[str, list[Path]], split: str) -> Documents:
-    sizes = {key: sum(_count_lines(file) for file in found) for key, found in files.items()}
+    sizes = {key: sum(count_lines(file) for file in found) for key, found in files.items()}
     of_split, rows = rows_of_split(split, sizes, name)
     found = files[of_split]
     key = hashlib.sha256(repr(([sha256(file) for file in found], rows)).encode()).hexdigest()
@@ -118,7 +144,7 @@ def _of_lines(name: str, files: dict[str, list[Path]], split: str) -> Documents:
         first = 0
         for number, file in enumerate(found):
             lines, size = [], 0
-            for line in _lines(file):
+            for line in lines_of(file):
                 if first in rows:
                     lines.append(line)
                     size += len(line)
@@ -133,43 +159,35 @@ def _of_lines(name: str, files: dict[str, list[Path]], split: str) -> Documents:
     return Documents(name, pieces, key, of_split, np.array(rows), sizes, facts=facts)
 
 
-def _lines(file: Path) -> Iterator[str]:
+def lines_of(file: Path) -> Iterator[str]:
     """The lines of a file with their ends, which are newlines alone."""
     try:
         with file.open(encoding="utf-8-sig", newline=None) as text:
             yield from text
     except UnicodeDecodeError as error:
-        raise ValueError(f"{file} is not text in UTF-8 (byte {error.start}); save it as UTF-8") from error
+        raise BadData(f"{file} is not text in UTF-8 (byte {error.start}); save it as UTF-8") from error
 
 
-def _count_lines(file: Path) -> int:
-    return sum(1 for _ in _lines(file))
+def count_lines(file: Path) -> int:
+    """How many rows a .txt file has."""
+    return sum(1 for _ in lines_of(file))
 
 
 # --- columns of tables ---
 
 
 def _of_local_table(
-    name: str,
-    files: dict[str, list[Path]],
-    split: str,
-    text_column: str | None,
-    label_column: str | None,
-    cache_dir: str | None,
+    files: TextFiles, split: str, text_column: str | None, label_column: str | None, cache_dir: str | None
 ) -> Documents:
-    kinds = {file.suffix.lower() for found in files.values() for file in found}
-    if len(kinds) > 1:
-        raise ValueError(f"{name} mixes {', '.join(sorted(kinds))} files; keep one kind, or name one file")
-    options = {"sep": "\t"} if kinds == {".tsv"} else {}
-    paths = {key: [str(file) for file in found] for key, found in files.items()}
+    paths = {key: [str(file) for file in found] for key, found in files.by_split.items()}
     try:
-        tables = datasets.load_dataset(TABLES[kinds.pop()], data_files=paths, cache_dir=cache_dir, **options)
+        tables = datasets.load_dataset(TABLES[files.ending], data_files=paths, cache_dir=cache_dir, **files.options)
     except (datasets.exceptions.DatasetsError, ValueError, OSError) as error:
         reason = " ".join(str(error.__cause__ or error).split())
-        raise ValueError(f"the table {name} cannot be read: {reason[:300]}") from error
+        raise ValueError(f"the table {files.name} cannot be read: {reason[:300]}") from error
     sizes = {key: len(table) for key, table in tables.items()}
-    of_split, rows = rows_of_split(split, sizes, name)
-    return _of_table(name, tables[of_split], np.array(rows), of_split, sizes, text_column, label_column)
+    of_split, rows = rows_of_split(split, sizes, files.name)
+    return _of_table(files.name, tables[of_split], np.array(rows), of_split, sizes, text_column, label_column)
 
 
 def _of_table(

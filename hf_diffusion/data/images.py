@@ -28,6 +28,7 @@ from hf_diffusion.data.columns import (
     find_label_column,
     label_remarks,
     read_labels,
+    stream_classes,
 )
 from hf_diffusion.data.decoding import brief_name
 from hf_diffusion.data.image_data import ImageData
@@ -105,7 +106,7 @@ def load_images(
     labels, class_names = None, None
     remarks = source.remarks + label_remarks(features, label_column, asked=label_given)
     if label_column is not None and streaming:
-        class_names = _stream_classes(features, label_column)
+        class_names = stream_classes(features, label_column)
     elif label_column is not None:
         # Of the whole split, so that every part of it has the same classes.
         labels, class_names = read_labels(dataset, label_column)
@@ -164,7 +165,7 @@ def load_images(
         rows = (
             source.rows if max_train_samples is None else (source.rows or range(max_train_samples))[:max_train_samples]
         )
-        data.split_rows = (canonical_name(Split.parse(split).name), None if rows is None else np.array(rows))
+        data.split_rows = (canonical_name(Split.parse(split).name), rows)
         return data
     data = ImageData(dataset, probe.transform, labels=labels, cache_bytes=cache_bytes, **common)
     data.split_rows = (canonical_name(Split.parse(split).name), rows)
@@ -225,15 +226,6 @@ def _checked_options(
     if len(sides) != 2 or not all(isinstance(side, int) and side > 0 for side in sides):
         raise ValueError(f"resolution={resolution!r} is not possible; pass a side or (height, width) above 0")
     return sides
-
-
-def _stream_classes(features: datasets.Features, column: str) -> list[str]:
-    if not isinstance(features[column], datasets.ClassLabel):
-        raise ValueError(
-            f"column {column!r} is of type {features[column]}, whose classes are unknown before the stream was read; "
-            "load with streaming=False, choose a ClassLabel column, or pass --label_column none"
-        )
-    return list(features[column].names)
 
 
 def _probe_order(dataset: AnyDataset, column: str) -> Iterator[tuple[int, dict[str, Any]]]:

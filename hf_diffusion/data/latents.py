@@ -23,7 +23,7 @@ from tqdm.auto import tqdm
 from hf_diffusion.data.augmentation import FLIP, draws
 from hf_diffusion.data.autoencoders import decode, digest_of, encode, load_autoencoder
 from hf_diffusion.data.protocol import Batch, TrainingData
-from hf_diffusion.files import write_whole
+from hf_diffusion.files import remove_partials, write_whole
 
 
 logger = logging.getLogger(__name__)
@@ -151,6 +151,7 @@ def stored_latents(images: TrainingData, autoencoder: torch.nn.Module, digest: s
     folder = cache_folder() / hashlib.sha256(identity.encode()).hexdigest()[:24]
     parts = [range(start, min(start + PART, len(images))) for start in range(0, len(images), PART)]
     missing = [rows for rows in parts if not _part(folder, rows.start).is_file()]
+    remove_partials(folder)
     what, shown = f"{'mirrored ' if mirrored else ''}latents of {images.name}", PartialState().is_main_process
     with tqdm(total=sum(map(len, missing)), desc=what, unit="image", disable=not (missing and shown)) as bar:
         for rows in missing:

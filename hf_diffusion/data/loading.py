@@ -7,7 +7,7 @@ from hf_diffusion.data.images import load_images
 from hf_diffusion.data.latents import load_latents
 from hf_diffusion.data.points import SHAPES, load_points
 from hf_diffusion.data.protocol import TrainingData
-from hf_diffusion.data.text import load_text
+from hf_diffusion.data.texts import load_text
 
 
 # Who opens a dataset_name that is no data set of images; a new kind of data adds its names here.

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from hf_diffusion.data.captions import CaptionCoder, Captions, StreamedCaptions
 from hf_diffusion.data.classes import match_classes
-from hf_diffusion.data.selection import evenly_spaced
+from hf_diffusion.data.selection import RowNumbers, evenly_spaced
 from hf_diffusion.randomness import BatchOrder
 
 
@@ -53,7 +53,7 @@ class TrainingData(ABC):
     labels: np.ndarray | None = None
     captions: Captions | StreamedCaptions | None = None
     caption_coder: CaptionCoder | None = None
-    split_rows: tuple[str, np.ndarray | None] | None = None
+    split_rows: tuple[str, RowNumbers | None] | None = None
     remarks: Sequence[str] = ()
     autoencoder: Any = None
 

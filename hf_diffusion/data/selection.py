@@ -1,10 +1,11 @@
 """Which rows of a set are taken: a split or a part of one, evenly spaced rows."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import datasets
+import numpy as np
 
 
 # Folders that are splits, and the name that each of them means.
@@ -14,6 +15,10 @@ SPLIT_NAMES = {
     **dict.fromkeys(("test", "testing"), "test"),
     "eval": "eval",
 }
+# Rows of a set that nobody has counted.
+ENDLESS = 2**62
+# Of a part of a split.
+RowNumbers = range | np.ndarray
 
 
 class Split(NamedTuple):
@@ -49,8 +54,7 @@ def rows_of_split(text: str, sizes: Mapping[str, int], whose: str) -> tuple[str,
     there are, and a part without rows.
     """
     split = Split.parse(text)
-    name = next((name for name in sizes if name == split.name), None)
-    name = name or next((name for name in sizes if canonical_name(name) == canonical_name(split.name)), None)
+    name = _same_split(split.name, sizes)
     if name is None:
         known = ", ".join(f"{name} ({count:,})" for name, count in sizes.items())
         raise ValueError(
@@ -60,6 +64,51 @@ def rows_of_split(text: str, sizes: Mapping[str, int], whose: str) -> tuple[str,
     if not rows:
         raise ValueError(f"split {text!r} of {whose} holds nothing; {name} has {sizes[name]:,} rows")
     return name, rows
+
+
+def rows_of_stream(text: str, names: Sequence[str], whose: str) -> tuple[str, range | None]:
+    """The name of the split and its rows, of a set of unknown length; None for all of them.
+
+    ValueError names the splits that there are, and refuses a part that needs the length.
+    """
+    split = Split.parse(text)
+    name = _same_split(split.name, names)
+    if name is None:
+        raise ValueError(f"split {split.name!r} is unknown; {whose} has {', '.join(names)}")
+    if not split.is_part:
+        return name, None
+    if set("%-") & set(text.partition("[")[2]):
+        raise ValueError(
+            f"split {text!r}: the number of rows of {whose!r} is not known while streaming; count rows from the "
+            f"first, as in {name}[:1000] and {name}[1000:], or load with streaming=False"
+        )
+    rows = split.rows(ENDLESS)
+    if not rows:
+        raise ValueError(f"split {text!r} of {whose} holds nothing; give a part such as {name}[1000:]")
+    return name, rows
+
+
+def shared_rows(one: RowNumbers | None, other: RowNumbers | None) -> int | None:
+    """How many rows two parts of a split share, None for all of it; None where nobody knows.
+
+    Streams have ranges, of which an array would not fit the memory.
+    """
+    if one is None or other is None:
+        known = other if one is None else one
+        return None if known is None else len(known)
+    if isinstance(one, range) and isinstance(other, range):
+        return len(range(max(one.start, other.start), min(one.stop, other.stop)))
+    if isinstance(one, range):
+        one, other = other, one
+    if isinstance(other, range):
+        return int(((one >= other.start) & (one < other.stop)).sum())
+    return len(np.intersect1d(one, other))
+
+
+def _same_split(asked: str, names: Iterable[str]) -> str | None:
+    if asked in names:
+        return asked
+    return next((name for name in names if canonical_name(name) == canonical_name(asked)), None)
 
 
 def canonical_name(name: str) -> str:

@@ -23,7 +23,8 @@ from hf_diffusion.data.listing import (
     split_images,
 )
 from hf_diffusion.data.metadata import read_metadata
-from hf_diffusion.data.selection import Split, rows_of_split
+from hf_diffusion.data.reaching import hub_or_cache
+from hf_diffusion.data.selection import Split, rows_of_split, rows_of_stream
 from hf_diffusion.data.source import AnyDataset, Source
 
 
@@ -58,7 +59,7 @@ def open_source(
     path = Path(train_data_dir or dataset_name).expanduser()
     # Not the path, which may hold the name of a user and is published with the model.
     name = path.resolve().name if train_data_dir is not None or path.exists() else dataset_name
-    with _one_sentence(name):
+    with one_sentence(name):
         # A path under dataset_name is opened in the same way, which `datasets` would not do.
         if train_data_dir is not None or path.exists():
             return _open_path(path, split, streaming, cache_dir)._replace(name=name)
@@ -66,19 +67,19 @@ def open_source(
 
 
 @contextlib.contextmanager
-def _one_sentence(name: str) -> Iterator[None]:
+def one_sentence(name: str) -> Iterator[None]:
     """Turn what libraries raise into one sentence that names the data; ours pass as they are."""
     try:
         yield
     except datasets.exceptions.DatasetNotFoundError as error:
         raise ValueError(
             f"data set {name!r} does not exist on the Hub or is not accessible; check the id, run `hf auth login` "
-            "if it is private or gated, or pass train_data_dir for local images"
+            "if it is private or gated, or give a folder or file that is here"
         ) from error
     except ConnectionError as error:
         raise ConnectionError(
             f"the Hub cannot be reached for data set {name!r} and the cache does not hold it; connect to the network, "
-            "pass train_data_dir for local images, or use dataset_name 'digits'"
+            "or give a folder or file that is here"
         ) from error
     except Exception as error:
         # Ours were raised in this package and are whole sentences.
@@ -111,7 +112,8 @@ def _raised_here(error: BaseException) -> bool:
 
 def _open_hub(name: str, config: str | None, split: str, streaming: bool, cache_dir: str | None) -> Source:
     asked = Split.parse(split)
-    dataset = datasets.load_dataset(name, config, split=asked.name, streaming=streaming, cache_dir=cache_dir)
+    with hub_or_cache(name):
+        dataset = datasets.load_dataset(name, config, split=asked.name, streaming=streaming, cache_dir=cache_dir)
     if not asked.is_part:
         return Source(dataset, name)
     if not streaming:
@@ -119,11 +121,9 @@ def _open_hub(name: str, config: str | None, split: str, streaming: bool, cache_
         return Source(dataset, name, rows)
     known = (dataset.info.splits or {}).get(asked.name)
     if known is None or not known.num_examples:
-        raise ValueError(
-            f"split {split!r}: the number of rows of {name!r} is not known while streaming; "
-            "give a whole split, or load with streaming=False"
-        )
-    _, rows = rows_of_split(split, {asked.name: known.num_examples}, name)
+        _, rows = rows_of_stream(split, [asked.name], name)
+    else:
+        _, rows = rows_of_split(split, {asked.name: known.num_examples}, name)
     return Source(dataset, name, rows)
 
 

@@ -3,23 +3,29 @@
 from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
-
+from hf_diffusion.data.kept import KeptSamples
 from hf_diffusion.data.loading import load_data
 from hf_diffusion.data.protocol import TrainingData
+from hf_diffusion.data.selection import shared_rows
+
+
+# Of a stream that is held out.
+HELD_OUT = 4096
 
 
 def load_unaugmented(arguments: Mapping[str, Any], data: TrainingData, split: str | None = None) -> TrainingData:
     """The samples of `data`, or of another split in its form, without augmentation.
 
     `arguments` are those of `load_data` that gave `data`. Of another split all samples are taken,
-    and its classes get the numbers that they have in `data`. ValueError where the split is of
-    another kind, has other classes, or shares samples with `data`.
+    of a stream the first HELD_OUT, and its classes get the numbers that they have in `data`.
+    ValueError where the split is of another kind, has other classes, or shares samples with `data`.
     """
     asked = {**arguments, **data.form()}
     if split is not None:
         asked |= {"split": split, "max_train_samples": None}
     other = load_data(**asked)
+    if split is not None and other.num_samples is None:
+        other = KeptSamples(other, HELD_OUT)
     make_same_kind(other, data, f"split {asked['split']!r}")
     if split is not None:
         _refuse_shared_rows(other, data, split)
@@ -29,13 +35,16 @@ def load_unaugmented(arguments: Mapping[str, Any], data: TrainingData, split: st
 def _refuse_shared_rows(other: TrainingData, data: TrainingData, split: str) -> None:
     if data.split_rows is None or other.split_rows is None or data.split_rows[0] != other.split_rows[0]:
         return
-    ours, theirs = data.split_rows[1], other.split_rows[1]
-    shared = theirs if ours is None else np.intersect1d(ours, theirs)
-    if len(shared):
-        raise ValueError(
-            f"split {split!r} shares {len(shared):,} of its {len(other):,} samples with the training; "
-            "hold out a part that is not trained on, such as split train[:90%] and eval_split train[90%:]"
-        )
+    shared = shared_rows(data.split_rows[1], other.split_rows[1])
+    if shared == 0:
+        return
+    is_stream = data.num_samples is None
+    what = "rows" if is_stream else f"{shared:,} of its {len(other):,} samples"
+    first, second = ("train[1000:]", "train[:1000]") if is_stream else ("train[:90%]", "train[90%:]")
+    raise ValueError(
+        f"split {split!r} shares {what} with the training; hold out a part that is not trained on, such as split "
+        f"{first} and eval_split {second}"
+    )
 
 
 def make_same_kind(other: TrainingData, data: TrainingData, what: str) -> None:

@@ -140,15 +140,8 @@ class StreamingImageData(TrainingData):
         if num_workers == 0:
             yield from self._batches(start_position, rank, world, batch_size, map)
             return
-        with ThreadPoolExecutor(num_workers) as pool, ThreadPoolExecutor(1) as reader:
-            batches = self._batches(start_position, rank, world, batch_size, pool.map)
-            ahead = deque(reader.submit(next, batches) for _ in range(2))
-            try:
-                while True:
-                    yield ahead.popleft().result()
-                    ahead.append(reader.submit(next, batches))
-            finally:
-                reader.shutdown(cancel_futures=True)
+        with ThreadPoolExecutor(num_workers) as pool:
+            yield from read_ahead(self._batches(start_position, rank, world, batch_size, pool.map))
 
     def _batches(self, position: int, rank: int, world: int, batch_size: int, mapper: Any) -> Iterator[dict]:
         rows, pending = self._rows(position), deque()
@@ -241,3 +234,15 @@ class StreamingImageData(TrainingData):
             if self.captions is not None:
                 digest.update("\n".join(self.captions.of_row(row)).encode())
         return digest.hexdigest()[:16]
+
+
+def read_ahead(batches: Iterator[Batch]) -> Iterator[Batch]:
+    """The same batches, two of which a thread reads before they are asked for."""
+    with ThreadPoolExecutor(1) as reader:
+        ahead = deque(reader.submit(next, batches, None) for _ in range(2))
+        try:
+            while (batch := ahead.popleft().result()) is not None:
+                yield batch
+                ahead.append(reader.submit(next, batches, None))
+        finally:
+            reader.shutdown(cancel_futures=True)

@@ -1,27 +1,17 @@
 """Text as sequences of tokens: one kind of data, from texts of any kind."""
 
 import hashlib
-import os
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from huggingface_hub.constants import HF_HOME
 from transformers import PreTrainedTokenizerBase
 
-from hf_diffusion.data.documents import Documents, open_documents
+from hf_diffusion.data.documents import Documents
 from hf_diffusion.data.protocol import Batch, TrainingData
 from hf_diffusion.data.selection import evenly_spaced
-from hf_diffusion.data.tokenizing import (
-    is_of_characters,
-    open_tokenizer,
-    separator_of,
-    sequence_starts,
-    tokenize,
-    tokenizer_key,
-)
+from hf_diffusion.data.tokenizing import is_of_characters, separator_of, sequence_starts, tokenizer_in_words
 from hf_diffusion.randomness import derive_seed
 
 
@@ -110,25 +100,13 @@ class TextData(TrainingData):
         but_once: found in two places, for tokens that are of the data themselves. Of large data the
         first 64 MiB are searched.
         """
-        size = self._tokens.dtype.itemsize
-        text = self._tokens[: SEARCHED // size].tobytes()
-        wanted = np.asarray(tokens).astype(self._tokens.dtype).tobytes()
+        return longest_copy(self._tokens[: SEARCHED // self._tokens.dtype.itemsize], tokens, but_once)
 
-        def is_there(first: int, last: int) -> bool:
-            part, place, places = wanted[first * size : last * size], -1, 0
-            while (place := text.find(part, place + 1)) >= 0:
-                # between two tokens nothing begins
-                places += place % size == 0
-                if places > but_once:
-                    return True
-            return False
-
-        longest, first = 0, 0
-        for last in range(1, len(tokens) + 1):
-            while last - first > longest and not is_there(first, last):
-                first += 1
-            longest = max(longest, last - first)
-        return longest
+    @property
+    def searched_for_copies(self) -> str:
+        """In words."""
+        most, there = SEARCHED // self._tokens.dtype.itemsize, len(self._tokens)
+        return "the training data" if there <= most else f"the first {most:,} of {there:,} tokens of the training data"
 
     def form(self) -> dict[str, Any]:
         """The tokenizer and the length, for another split without moving cuts."""
@@ -145,19 +123,15 @@ class TextData(TrainingData):
 
     def summary(self) -> dict[str, str]:
         """Counts, splits, vocabulary and an excerpt as the network sees it."""
-        facts, words = self._facts, self.tokenizer.get_vocab()
+        facts = self._facts
         unit = "lines" if "text_column" not in self._documents.facts else "rows"
         splits = ", ".join(f"{name} {count:,} {unit}" for name, count in self._documents.sizes.items())
-        kind = "characters" if is_of_characters(self.tokenizer) else "tokens"
-        shown = "".join(word for word in sorted(words, key=words.get) if len(word) == 1)[:MOST_SHOWN]
         ids = self.to_samples(self.fetch([len(self) // 2], 0))[0]
         return {
             "data": f"{self.num_samples:,} sequences of {self.sample_shape[0]} tokens, {self.num_classes or 'no'} "
             f"classes, from {facts['documents']:,} documents of {facts['characters']:,} characters",
             "splits": f"{splits}; here {len(self._documents.rows):,} {unit} of {self._documents.split}",
-            "vocabulary": f"{len(words):,} {kind}"
-            + (f": {shown!r}" if kind == "characters" else "")
-            + f", {self.characters_per_token:.3g} characters a token",
+            "vocabulary": vocabulary_in_words(self.tokenizer, self.characters_per_token),
             "an excerpt": repr(self.tokenizer.decode(ids)),
             **({"remarks": "; ".join(self.remarks)} if self.remarks else {}),
         }
@@ -170,7 +144,7 @@ class TextData(TrainingData):
             "tokens": sum(self._facts["streams"]),
             "characters": self._facts["characters"],
             "vocabulary": len(self.tokenizer),
-            "tokenizer": "characters" if is_of_characters(self.tokenizer) else tokenizer_key(self.tokenizer),
+            "tokenizer": tokenizer_in_words(self.tokenizer),
             **self._documents.facts,
         }
 
@@ -184,41 +158,35 @@ def numbered_texts(texts: Sequence[str], columns: int | None = None, row_labels:
     return "\n".join(shown)
 
 
-def load_text(
-    dataset_name: str | None = None,
-    dataset_config_name: str | None = None,
-    train_data_dir: str | None = None,
-    split: str = "train",
-    text_column: str | None = None,
-    label_column: str | None = "none",
-    tokenizer: str | PreTrainedTokenizerBase = "chars",
-    sequence_length: int = 256,
-    random_offset: bool = True,
-    max_train_samples: int | None = None,
-    cache_dir: str | None = None,
-    seed: int = 0,
-) -> TextData:
-    """Texts as sequences of tokens, from a .txt file, a folder of them, a table or a Hub id.
+def longest_copy(there: np.ndarray, tokens: np.ndarray, but_once: bool) -> int:
+    """The length of the longest stretch of tokens (L,) that is among those `there` (N,).
 
-    tokenizer: `chars`, a folder, a Hub id, or one that is loaded. Tokens are kept in a cache and
-    mapped from there. ValueError in one sentence for texts that cannot be used.
+    but_once: in two places of them.
     """
-    documents = open_documents(
-        dataset_name, dataset_config_name, train_data_dir, split, text_column, label_column, cache_dir
-    )
-    if isinstance(tokenizer, str):
-        tokenizer = open_tokenizer(tokenizer, documents)
-    tokens, facts = tokenize(documents, tokenizer, Path(cache_dir) if cache_dir else cache_folder())
-    data = TextData(documents, tokens, facts, tokenizer, sequence_length, random_offset, max_train_samples, seed)
-    if not data.num_samples:
-        moved = f" and {sequence_length - 1} to move the cuts by" if random_offset else ""
-        raise ValueError(
-            f"split {split!r} of {data.name} has {sum(facts['streams']):,} tokens, and a sequence needs "
-            f"{sequence_length}{moved}; give more text or a smaller sequence_length"
-        )
-    return data
+    size, text = there.dtype.itemsize, there.tobytes()
+    wanted = np.asarray(tokens).astype(there.dtype).tobytes()
+
+    def is_there(first: int, last: int) -> bool:
+        part, place, places = wanted[first * size : last * size], -1, 0
+        while (place := text.find(part, place + 1)) >= 0:
+            # between two tokens nothing begins
+            places += place % size == 0
+            if places > but_once:
+                return True
+        return False
+
+    longest, first = 0, 0
+    for last in range(1, len(tokens) + 1):
+        while last - first > longest and not is_there(first, last):
+            first += 1
+        longest = max(longest, last - first)
+    return longest
 
 
-def cache_folder() -> Path:
-    """Where tokens are kept: HF_DIFFUSION_CACHE, or hf_diffusion beside the Hub's cache."""
-    return Path(os.environ.get("HF_DIFFUSION_CACHE") or Path(HF_HOME) / "hf_diffusion") / "tokens"
+def vocabulary_in_words(tokenizer: PreTrainedTokenizerBase, characters_per_token: float) -> str:
+    """How many tokens there are, which characters, and how long a token is."""
+    words = tokenizer.get_vocab()
+    kind = "characters" if is_of_characters(tokenizer) else "tokens"
+    shown = "".join(word for word in sorted(words, key=words.get) if len(word) == 1)[:MOST_SHOWN]
+    listed = f": {shown!r}" if kind == "characters" else ""
+    return f"{len(words):,} {kind}{listed}, {characters_per_token:.3g} characters a token"

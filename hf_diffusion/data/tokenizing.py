@@ -6,17 +6,19 @@ transformers alone loads what a pipeline saves.
 
 import hashlib
 import json
-import shutil
-import uuid
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
+from accelerate import PartialState
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from tqdm.auto import tqdm
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from hf_diffusion.data.documents import Documents
+from hf_diffusion.data.errors import BadData
+from hf_diffusion.data.reaching import hub_or_cache
+from hf_diffusion.files import write_folder
 
 
 UNKNOWN, MASK = "[UNK]", "[MASK]"
@@ -40,13 +42,14 @@ def character_tokenizer(characters: Iterable[str]) -> PreTrainedTokenizerFast:
     )
 
 
-def open_tokenizer(name: str, documents: Documents) -> PreTrainedTokenizerBase:
-    """`chars`, made for these documents, or the tokenizer of a folder or Hub id; ValueError where
-    that cannot be loaded."""
+def open_tokenizer(name: str, texts: Callable[[], Iterable[str]]) -> PreTrainedTokenizerBase:
+    """`chars`, made of the characters of texts, or the tokenizer of a folder or Hub id; ValueError
+    where that cannot be loaded."""
     if name == "chars":
-        return character_tokenizer({character for _, text in documents.pieces() for character in set(text)})
+        return character_tokenizer({character for text in texts() for character in set(text)})
     try:
-        return AutoTokenizer.from_pretrained(name)
+        with hub_or_cache(name):
+            return AutoTokenizer.from_pretrained(name)
     # transformers raises many kinds for a folder without a tokenizer
     except Exception as error:
         reason = " ".join(str(error).split())
@@ -66,6 +69,11 @@ def tokenizer_key(tokenizer: PreTrainedTokenizerBase) -> str:
     backend = getattr(tokenizer, "backend_tokenizer", None)
     known = backend.to_str() if backend is not None else sorted(tokenizer.get_vocab().items())
     return hashlib.sha256(repr((known, tokenizer.special_tokens_map)).encode()).hexdigest()[:24]
+
+
+def tokenizer_in_words(tokenizer: PreTrainedTokenizerBase) -> str:
+    """What a record of the data says of it."""
+    return "characters" if is_of_characters(tokenizer) else tokenizer_key(tokenizer)
 
 
 def separator_of(tokenizer: PreTrainedTokenizerBase) -> int | None:
@@ -93,8 +101,14 @@ class Encoder:
         """(N,) tokens, without those that a model wants at the two ends."""
         if self.table is not None:
             return self.table[np.frombuffer(text.encode("utf-32-le"), np.uint32)].astype(self.dtype)
-        found = self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-        return np.array(found, self.dtype)
+        return self.many([text])[0]
+
+    def many(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """The same of several texts, which a tokenizer of transformers shares among threads."""
+        if self.table is not None or not texts:
+            return [self(text) for text in texts]
+        found = self.tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
+        return [np.array(ids, self.dtype) for ids in found]
 
 
 def tokenize(documents: Documents, tokenizer: PreTrainedTokenizerBase, cache: Path) -> tuple[np.ndarray, dict]:
@@ -107,23 +121,14 @@ def tokenize(documents: Documents, tokenizer: PreTrainedTokenizerBase, cache: Pa
     key = hashlib.sha256(repr((VERSION, documents.key, tokenizer_key(tokenizer))).encode()).hexdigest()[:32]
     folder = cache / key
     if not (folder / FACTS).is_file():
-        staging = cache / f".{key}-{uuid.uuid4().hex}.partial"
-        staging.mkdir(parents=True)
-        try:
-            facts = _write_tokens(documents, tokenizer, staging)
-            (staging / FACTS).write_text(json.dumps(facts), encoding="utf-8")
-            # another process may have been faster, with the same
-            if not folder.exists():
-                staging.rename(folder)
-        finally:
-            shutil.rmtree(staging, ignore_errors=True)
+        write_folder(folder, lambda staging: _write_tokens(documents, tokenizer, staging), last=FACTS)
     facts = json.loads((folder / FACTS).read_text(encoding="utf-8"))
     if not sum(facts["streams"]):
         return np.zeros(0, Encoder(tokenizer).dtype), facts
     return np.memmap(folder / TOKENS, facts["dtype"], mode="r"), facts
 
 
-def _write_tokens(documents: Documents, tokenizer: PreTrainedTokenizerBase, folder: Path) -> dict[str, Any]:
+def _write_tokens(documents: Documents, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     encode, separator = Encoder(tokenizer), separator_of(tokenizer)
     classes = len(documents.class_names or ()) or 1
     files = [(folder / f"{number}.bin").open("wb") for number in range(classes)]
@@ -135,7 +140,7 @@ def _write_tokens(documents: Documents, tokenizer: PreTrainedTokenizerBase, fold
         files[number].write(tokens.tobytes())
         streams[number] += len(tokens)
 
-    for document, text in documents.pieces():
+    for document, text in _shown(documents):
         if former not in (None, document) and separator is not None:
             write(former, np.array([separator], encode.dtype))
             facts["characters"] += 1
@@ -143,11 +148,7 @@ def _write_tokens(documents: Documents, tokenizer: PreTrainedTokenizerBase, fold
         write(document, tokens)
         facts["documents"] += document != former
         facts["characters"] += len(text)
-        if tokenizer.mask_token_id is not None and (tokens == tokenizer.mask_token_id).any():
-            raise ValueError(
-                f"the texts of {documents.name} hold the mask {tokenizer.mask_token} itself, which stands for noise; "
-                "take it out, or choose another tokenizer"
-            )
+        check_no_mask(tokens, tokenizer, documents.name)
         if tokenizer.unk_token_id is not None:
             facts["unknown"] += int((tokens == tokenizer.unk_token_id).sum())
         former = document
@@ -160,7 +161,26 @@ def _write_tokens(documents: Documents, tokenizer: PreTrainedTokenizerBase, fold
             digest.update(f"/{count}/".encode() + part.read_bytes())
             whole.write(part.read_bytes())
             part.unlink()
-    return facts | {"streams": streams, "fingerprint": digest.hexdigest()[:16]}
+    facts |= {"streams": streams, "fingerprint": digest.hexdigest()[:16]}
+    (folder / FACTS).write_text(json.dumps(facts), encoding="utf-8")
+
+
+def _shown(documents: Documents) -> Iterator[tuple[int, str]]:
+    """The pieces, with a bar on the first process, of what takes longer than a moment."""
+    is_quiet = not PartialState().is_main_process
+    with tqdm(desc=f"tokens of {documents.name}", unit="character", unit_scale=True, delay=5, disable=is_quiet) as bar:
+        for document, text in documents.pieces():
+            yield document, text
+            bar.update(len(text))
+
+
+def check_no_mask(tokens: np.ndarray, tokenizer: PreTrainedTokenizerBase, name: str) -> None:
+    """BadData for texts that hold the mask itself."""
+    if tokenizer.mask_token_id is not None and (tokens == tokenizer.mask_token_id).any():
+        raise BadData(
+            f"the texts of {name} hold the mask {tokenizer.mask_token} itself, which stands for noise; take it out, "
+            "or choose another tokenizer"
+        )
 
 
 def sequence_starts(streams: Sequence[int], length: int, spare: bool) -> tuple[np.ndarray, np.ndarray]:

@@ -87,7 +87,7 @@ def evaluate_file(options: EvaluationOptions, file: FileImages) -> Report:
         )
     data = load_real_data(options, file.sample_shape)
     file = replace(file, labels=file.label_numbers(data.class_names, data.num_classes))
-    judge = Judge(options, options.metrics, data, data.class_names)
+    judge = Judge(options, options.metrics, data, data.class_names, len(file))
     judge.check(len(file), file.labels)
     report = Report(options.output_dir, data.name, len(file))
     report.add_samples({}, judge.evaluate(file, file.labels, None), None)

@@ -47,6 +47,8 @@ class FeatureNetwork:
     is_inception: bool = False
     # Of the classes, in the order of the logits; None where nobody recorded them.
     class_names: tuple[str, ...] | None = None
+    # Why it was chosen, where nobody has named it.
+    reason: str | None = None
 
     @torch.no_grad()
     def __call__(self, x: Tensor) -> Tensor:
@@ -107,7 +109,8 @@ class FeatureNetwork:
 
     def describe(self) -> dict:
         """What a protocol records."""
-        return {"name": self.name, "sha256": self.digest, "dimension": self.dimension}
+        described = {"name": self.name, "sha256": self.digest, "dimension": self.dimension}
+        return described if self.reason is None else described | {"chosen": self.reason}
 
 
 class ResNetFeatures(nn.Module):
@@ -147,6 +150,7 @@ def load_feature_network(
     shape: Sequence[int],
     device: torch.device | str = "cpu",
     inception_weights: str | os.PathLike | None = None,
+    reason: str | None = None,
 ) -> FeatureNetwork:
     """The network for samples of `shape`, (C, H, W) for images, that `spec` names.
 
@@ -162,7 +166,12 @@ def load_feature_network(
     """
     device, shape = torch.device(device), tuple(shape)
     if spec == "pixels":
-        return _pixels(shape, device)
+        if math.prod(shape) > MOST_PIXELS:
+            raise ValueError(
+                f"features 'pixels' are meant for up to {MOST_PIXELS} values, these samples have {math.prod(shape)}; "
+                "give 'trained' where there are classes, a network's file, or 'inception'"
+            )
+        return raw_values(shape, device)
     if spec == "inception":
         if len(shape) != 3:
             raise ValueError(
@@ -175,7 +184,7 @@ def load_feature_network(
     network = FeatureNetwork(name, digest, function, 0, device, classifier, spec == "inception")
     # Now, and not after hours of sampling.
     probe = network(torch.zeros(2, *shape))
-    return replace(network, dimension=probe.shape[1], class_names=_recorded_classes(spec))
+    return replace(network, dimension=probe.shape[1], class_names=_recorded_classes(spec), reason=reason)
 
 
 def load_classifier(
@@ -216,14 +225,9 @@ def _in_batches(function: Callable[[Tensor], Tensor], samples: np.ndarray) -> Te
     return torch.cat([function(network_input(samples[start : start + FEATURE_BATCH])).cpu() for start in starts])
 
 
-def _pixels(shape: tuple[int, ...], device: torch.device) -> FeatureNetwork:
-    dimension = math.prod(shape)
-    if dimension > MOST_PIXELS:
-        raise ValueError(
-            f"features 'pixels' are meant for up to {MOST_PIXELS} values, these samples have {dimension}; give a "
-            "network's file, or 'inception'"
-        )
-    return FeatureNetwork("pixels", "none", lambda x: x.flatten(1), dimension, device)
+def raw_values(shape: Sequence[int], device: torch.device) -> FeatureNetwork:
+    """Samples as their own features, of any number."""
+    return FeatureNetwork("pixels", "none", lambda x: x.flatten(1), math.prod(shape), device)
 
 
 def _from_file(path: Path, device: torch.device) -> tuple:

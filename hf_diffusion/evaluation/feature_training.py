@@ -2,9 +2,12 @@
 
 import hashlib
 import json
+import math
 import os
 import re
+from collections.abc import Iterable
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from accelerate import PartialState
@@ -14,9 +17,10 @@ from torch.nn import functional as F
 from tqdm.auto import tqdm
 
 from hf_diffusion.data.protocol import TrainingData
-from hf_diffusion.evaluation.feature_networks import ResNetFeatures
+from hf_diffusion.data.waiting import main_first
+from hf_diffusion.evaluation.feature_networks import MOST_PIXELS, ResNetFeatures
 from hf_diffusion.evaluation.reference import cache_folder
-from hf_diffusion.files import write_whole
+from hf_diffusion.files import remove_partials, write_whole
 from hf_diffusion.randomness import derive_seed
 
 
@@ -26,6 +30,40 @@ VERSION = 1
 STEPS, BATCH, LEARNING_RATE, WIDTH = 300, 64, 2e-3, 16
 # Every fifth image is kept from training, to state how well the network knows the classes.
 HELD_OUT = 5
+
+
+class Features(NamedTuple):
+    """What `load_feature_network` takes, and why that was chosen, where nobody has named it."""
+
+    spec: str | Path
+    reason: str | None = None
+
+
+def features_for(
+    spec: str, data: TrainingData, metrics: Iterable[str], count: int, cache_dir: str | os.PathLike | None = None
+) -> Features:
+    """The features that `spec` names for `count` samples, a network trained on `data` among them.
+
+    auto: the raw values where they are few enough to be measured in, else a network that is trained
+    on the classes. ValueError where neither can be.
+    """
+    if spec != "auto":
+        return Features(trained_network_file(data, cache_dir) if spec == "trained" else spec)
+    values, samples = math.prod(data.sample_shape), min(count, len(data))
+    is_large, has_classes = values > MOST_PIXELS, len(data.sample_shape) == 3 and data.labels is not None
+    if not is_large and ("fd" not in metrics or samples > values):
+        return Features("pixels")
+    few = f"{MOST_PIXELS:,} at most" if is_large else f"fewer than the {samples:,} samples"
+    reason = f"the {values:,} values of a sample are too many to be features, which are {few}"
+    if has_classes and data.num_classes > 1:
+        return Features(trained_network_file(data, cache_dir), reason)
+    if is_large:
+        raise ValueError(
+            f"{reason}, and {data.name} has no classes to train a network on; give features 'inception', a "
+            "TorchScript or .safetensors file, or the folder of a saved classifier"
+        )
+    # What follows says how many samples it takes.
+    return Features("pixels")
 
 
 def trained_network_file(data: TrainingData, cache_dir: str | os.PathLike | None = None) -> Path:
@@ -47,11 +85,12 @@ def trained_network_file(data: TrainingData, cache_dir: str | os.PathLike | None
     key = hashlib.sha256(json.dumps(recipe).encode()).hexdigest()[:8]
     name = re.sub(r"[^\w.-]+", "-", Path(data.name).name)
     path = Path(cache_dir or cache_folder()) / f"trained-on-{name}-{key}.safetensors"
-    with PartialState().main_process_first():
+    with main_first(PartialState()):
         if not path.is_file():
             net, accuracy = train_classifier(data)
             print(f"trained a feature network on {data.name}: it knows {accuracy:.1%} of the held-out images ({path})")
             about = {"held_out_accuracy": f"{accuracy:.4f}", "data": data.name}
+            remove_partials(path.parent)
             write_whole(path, save(net.state_dict(), metadata=about))
     return path
 

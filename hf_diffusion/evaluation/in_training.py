@@ -17,7 +17,7 @@ from torch import nn
 
 from hf_diffusion.data.protocol import TrainingData
 from hf_diffusion.evaluation.feature_networks import load_feature_network
-from hf_diffusion.evaluation.feature_training import trained_network_file
+from hf_diffusion.evaluation.feature_training import features_for
 from hf_diffusion.evaluation.inputs import prompts_of, proportional_labels
 from hf_diffusion.evaluation.measures import Evaluation, check_metrics, measure_samples
 from hf_diffusion.evaluation.protocol import samples_protocol, sampling_protocol
@@ -67,7 +67,7 @@ class SampleEvaluator:
         *,
         class_conditional: bool,
         num_images: int = 1000,
-        features: str = "pixels",
+        features: str = "auto",
         batch_size: int = 64,
         seed: int = 0,
         **options,
@@ -78,8 +78,8 @@ class SampleEvaluator:
         of_texts = prompts_of(pipeline, data, num_images)
         self.labels = proportional_labels(data.labels, num_images) if class_conditional else of_texts
         self.reference: Reference | None = None
-        spec = trained_network_file(data) if features == "trained" else features
-        self.network = load_feature_network(spec, data.sample_shape, accelerator.device)
+        spec, reason = features_for(features, data, metrics, num_images)
+        self.network = load_feature_network(spec, data.sample_shape, accelerator.device, reason=reason)
         classifies, labelled = self.network.classifier is not None, class_conditional
         options_named = ("eval_num_images", "max_train_samples")
         check_metrics(metrics, num_images, len(data), self.network, classifies, labelled, options_named)

@@ -11,6 +11,7 @@ from torch import nn
 
 from hf_diffusion.data.loading import load_data
 from hf_diffusion.data.protocol import TrainingData
+from hf_diffusion.data.waiting import main_first
 from hf_diffusion.evaluation.options import DATA_OPTIONS, EvaluationOptions
 
 
@@ -46,7 +47,7 @@ def load_real_data(
     chosen |= form or {}
     if len(shape) == 3:
         chosen |= {"channels": shape[0], "fit_size": tuple(shape[1:])}
-    with PartialState().main_process_first():
+    with main_first(PartialState()):
         data = load_data(**chosen)
     if tuple(data.sample_shape) != tuple(shape):
         raise ValueError(

@@ -9,7 +9,7 @@ from accelerate import PartialState
 from hf_diffusion.data.protocol import TrainingData
 from hf_diffusion.evaluation.distances import precision_recall
 from hf_diffusion.evaluation.feature_networks import load_classifier, load_feature_network
-from hf_diffusion.evaluation.feature_training import held_out_accuracy, trained_network_file
+from hf_diffusion.evaluation.feature_training import features_for, held_out_accuracy
 from hf_diffusion.evaluation.image_files import FileImages
 from hf_diffusion.evaluation.measures import Evaluation, check_metrics, measure_samples
 from hf_diffusion.evaluation.options import EvaluationOptions
@@ -27,7 +27,7 @@ class Judge:
     """Gives samples the measures that `metrics` name, against `data`, on the options' device.
 
     class_names: of the samples' classes, by which those of a classifier are found; None or empty
-        where they have numbers only.
+        where they have numbers only. count: of the samples, None for as many as the options say.
     """
 
     def __init__(
@@ -36,12 +36,14 @@ class Judge:
         metrics: Sequence[str],
         data: TrainingData,
         class_names: Sequence[str] | None = None,
+        count: int | None = None,
     ):
         self.metrics, self.data, self.cache = metrics, data, options.reference_cache
-        shape, device, spec = data.sample_shape, options.device, options.features
-        if spec == "trained":
-            spec = trained_network_file(data, self.cache)
-        self.network = load_feature_network(spec, shape, device, options.inception_weights)
+        shape, device = data.sample_shape, options.device
+        spec, reason = features_for(options.features, data, metrics, count or options.num_images, self.cache)
+        self.network = load_feature_network(spec, shape, device, options.inception_weights, reason)
+        if reason is not None and PartialState().is_main_process:
+            print(f"features {self.network.name}: {reason}", flush=True)
         self.classifier = load_classifier(options.classifier, shape, device) if options.classifier else None
         self.accuracy = held_out_accuracy(spec)
         if "label_accuracy" in metrics:

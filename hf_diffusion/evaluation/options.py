@@ -44,9 +44,10 @@ class EvaluationOptions(SamplingOptions):
         (), "NAME=A,B: measure every combination of the values of these sampling options", repeatable=True
     )
     features: str = option(
-        "pixels",
+        "auto",
         "'pixels' (raw values), 'inception', 'trained' (a small classifier of the real images, trained once), a "
-        "TorchScript or .safetensors file, or the folder of a saved classifier",
+        "TorchScript or .safetensors file, or the folder of a saved classifier; auto is pixels where they are few "
+        "enough, else trained",
     )
     inception_weights: Path | None = option(
         None, "inception-2015-12-05.pt (TorchScript), or weights for torch-fidelity"

@@ -92,7 +92,8 @@ def protocol_text(protocol: dict[str, Any]) -> str:
     if data := protocol.get("data"):
         parts[0] += f" of {_where(data)}"
     if features := protocol.get("features"):
-        parts.append(f"features {features['name']} (sha256 {features['sha256'][:12]})")
+        chosen = f", chosen since {features['chosen']}" if features.get("chosen") else ""
+        parts.append(f"features {features['name']} (sha256 {features['sha256'][:12]}{chosen})")
     if reference := protocol.get("reference"):
         number = reference.get("images", reference.get("samples"))
         parts.append(f"against {number:,} of {_where(reference)}")

@@ -17,7 +17,7 @@ from hf_diffusion.data.protocol import Batch, TrainingData
 from hf_diffusion.data.selection import evenly_spaced
 from hf_diffusion.evaluation.distances import JACKKNIFE_GROUPS, Moments, frechet_with_error, jackknife_groups
 from hf_diffusion.evaluation.feature_networks import load_feature_network
-from hf_diffusion.evaluation.feature_training import trained_network_file
+from hf_diffusion.evaluation.feature_training import features_for
 from hf_diffusion.evaluation.in_training import Stopping, shares
 from hf_diffusion.evaluation.measures import Evaluation, Measure, check_metrics, distance_name
 from hf_diffusion.evaluation.protocol import data_protocol
@@ -56,8 +56,8 @@ class ReconstructionEvaluator:
         self.reference: Reference | None = None
         self.network = None
         if "rfd" in metrics:
-            spec = trained_network_file(data) if features == "trained" else features
-            self.network = load_feature_network(spec, data.sample_shape, accelerator.device)
+            spec, reason = features_for(features, data, ["fd"], len(self.indices))
+            self.network = load_feature_network(spec, data.sample_shape, accelerator.device, reason=reason)
             named = ("eval_num_images, and the images of eval_split,", "max_train_samples")
             check_metrics(["fd"], len(self.indices), len(data), self.network, False, False, named)
         self.keys = [key for metric in metrics for key in (("rfd", "rfd_floor") if metric == "rfd" else (metric,))]

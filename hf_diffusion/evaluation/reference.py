@@ -20,7 +20,7 @@ from hf_diffusion.data.protocol import TrainingData
 from hf_diffusion.evaluation.distances import KEPT_FEATURES, Moments, in_order, selection
 from hf_diffusion.evaluation.feature_networks import FEATURE_BATCH, FeatureNetwork
 from hf_diffusion.evaluation.protocol import data_protocol
-from hf_diffusion.files import write_whole
+from hf_diffusion.files import remove_partials, write_whole
 
 
 # Of what a cache file holds.
@@ -83,6 +83,7 @@ def _read(path: Path) -> dict[str, Tensor] | None:
 
 def _write(path: Path, tensors: dict[str, Tensor], protocol: dict[str, Any]) -> None:
     try:
+        remove_partials(path.parent)
         write_whole(path, save(tensors, metadata={"protocol": json.dumps(protocol)}))
     # A cache that cannot be written costs time, not results.
     except OSError as error:

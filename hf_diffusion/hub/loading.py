@@ -21,6 +21,7 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
+from hf_diffusion.data.reaching import hub_or_cache
 from hf_diffusion.hub.download import fetch_and_verify, patiently, verify_download
 
 
@@ -144,7 +145,8 @@ def find_index(
         _warn_once(f"{repo_id} is taken from the Hub: {str(parent)!r} is a folder here, but does not hold it")
     try:
         options = {"subfolder": subfolder, "revision": revision, **where}
-        return Path(patiently(lambda: hf_hub_download(repo_id, INDEX, **options)))
+        with hub_or_cache(repo_id):
+            return Path(patiently(lambda: hf_hub_download(repo_id, INDEX, **options)))
     except LocalEntryNotFoundError as error:  # before EntryNotFoundError, of which it is a kind
         raise OSError(
             f"there is no folder {repo_id!r} here, and the Hub could not be asked for {repo_id!r}, and it is not in "

@@ -8,7 +8,7 @@ from accelerate import Accelerator
 from hf_diffusion.config.resuming import changeable_settings, differences
 from hf_diffusion.config.run_options import TrainingConfig
 from hf_diffusion.loop.checkpoints import check_same_run, find_together, save_checkpoint
-from hf_diffusion.loop.learning_rate import lr_factor
+from hf_diffusion.loop.learning_rate import lr_factor, rate_settings
 from hf_diffusion.loop.output_folder import drop_former_run
 from hf_diffusion.loop.states import Stateful, load_the_rest, read_states
 
@@ -68,9 +68,7 @@ class Continuation:
     def _say_new_length(self, step: int, before: int, now: int) -> None:
         config = self.config
         was, is_now = (
-            config.learning_rate
-            * lr_factor(step, total, config.lr_scheduler, config.lr_warmup_steps, config.lr_decay_steps)
-            for total in (before, now)
+            config.learning_rate * lr_factor(step, total, *rate_settings(config)) for total in (before, now)
         )
         self.accelerator.print(
             f"the run has {now} steps now, and had {before}: the learning rate is planned anew over all of them, from "

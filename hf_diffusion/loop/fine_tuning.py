@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from hf_diffusion.config.run_options import TrainingConfig
 from hf_diffusion.data.protocol import TrainingData
+from hf_diffusion.data.reaching import hub_or_cache
 from hf_diffusion.hub.checkpoint_files import MANIFEST, BadCheckpoint, read_network
 from hf_diffusion.hub.loading import load_pipeline
 from hf_diffusion.loop.checkpoints import latest_checkpoint
@@ -109,7 +110,8 @@ def open_trained(source: str, wanted: Sequence[type], wrapper: tuple[type, str] 
 def _is_network_on_the_hub(source: str) -> bool:
     """Whether a repository holds one network alone; what is wrong with it, `load_pipeline` says."""
     try:
-        return file_exists(source, "config.json") and not file_exists(source, DiffusionPipeline.config_name)
+        with hub_or_cache(source):
+            return file_exists(source, "config.json") and not file_exists(source, DiffusionPipeline.config_name)
     except (OSError, ValueError):
         return False
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from hf_diffusion.cards.data_set import data_set_facts
 from hf_diffusion.cards.of_run import RunFacts, draw_run_pictures, launch_command, saved_pipeline, write_run_card
+from hf_diffusion.config.closed_output import nobody_reads
 from hf_diffusion.config.options import config_to_dict
 from hf_diffusion.config.publishing import published, published_command
 from hf_diffusion.data.errors import BadData
@@ -51,6 +52,8 @@ def one_sentence_failures(prog: str, output_dir: Path) -> Iterator[None]:
     except (SaveFailed, TrainingDiverged) as error:
         raise SystemExit(f"{prog}: {error}") from error
     except (OSError, BadData) as error:
+        if nobody_reads(error):
+            raise
         newest = [folder.name for folder in list_checkpoints(output_dir)[-1:]]
         left = "there is no checkpoint yet"
         if newest:

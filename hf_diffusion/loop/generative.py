@@ -14,6 +14,7 @@ from torch import nn
 from hf_diffusion.config.run_options import TrainingConfig
 from hf_diffusion.data.protocol import TrainingData
 from hf_diffusion.data.splits import load_unaugmented
+from hf_diffusion.data.waiting import main_first
 from hf_diffusion.evaluation.held_out import HeldOutLoss
 from hf_diffusion.evaluation.in_training import Evaluator, SampleEvaluator
 from hf_diffusion.loop.trainer import Trainer
@@ -56,7 +57,7 @@ def held_out_loss(
     """The player's own loss on the split that `eval_split` names, if it names one."""
     if config.eval_split is None:
         return []
-    with accelerator.main_process_first():
+    with main_first(accelerator):
         held_out = load_unaugmented(config.data_arguments(), data, config.eval_split)
     batch_size = getattr(config, "eval_batch_size", config.train_batch_size)
     return [HeldOutLoss(accelerator, held_out, player, batch_size, config.seed)]
@@ -75,7 +76,7 @@ def sample_evaluators(
         return []
     plain = data
     if plain.as_drawn is data and (config.random_flip or not config.center_crop):
-        with accelerator.main_process_first():
+        with main_first(accelerator):
             plain = load_unaugmented(config.data_arguments(), data)
     evaluator = SampleEvaluator(
         accelerator,

@@ -13,6 +13,7 @@ from transformers import AutoModelForMaskedLM, AutoTokenizer
 
 from hf_diffusion.config.run_options import TrainingConfig
 from hf_diffusion.data.protocol import TrainingData
+from hf_diffusion.data.reaching import hub_or_cache
 
 
 INDEX = DiffusionPipeline.config_name
@@ -26,7 +27,8 @@ def holds_masked_lm(source: str | None) -> bool:
     if folder.is_dir():
         config = folder / "config.json"
         return config.is_file() and "model_type" in json.loads(config.read_text(encoding="utf-8"))
-    return source.count("/") <= 1 and not file_exists(source, INDEX)
+    with hub_or_cache(source):
+        return source.count("/") <= 1 and not file_exists(source, INDEX)
 
 
 def tokenizer_to_start_from(source: str | None) -> Any:
@@ -41,7 +43,8 @@ def tokenizer_to_start_from(source: str | None) -> Any:
     folder = Path(source)
     if folder.is_dir():
         return str(folder / "tokenizer") if (folder / "tokenizer").is_dir() else "chars"
-    return AutoTokenizer.from_pretrained(source, subfolder="tokenizer")
+    with hub_or_cache(source):
+        return AutoTokenizer.from_pretrained(source, subfolder="tokenizer")
 
 
 def masked_lm(config: TrainingConfig, data: TrainingData) -> nn.Module:

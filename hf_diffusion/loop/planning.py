@@ -45,14 +45,16 @@ def is_open(config: TrainingConfig) -> bool:
 def take_former(config: TrainingConfig) -> bool:
     """Take what the run that is gone on with has chosen; False where there is none.
 
-    Settings that are given now stand above it.
+    Settings that are given now stand above it. Paths are never chosen, and the file may come from
+    another machine.
     """
     file = Path(config.output_dir) / CONFIG
     if config.resume_from_checkpoint is None or not file.is_file():
         return False
+    paths = {field.name for field in fields(config) if field.metadata.get("is_path")}
     is_length = {name for name in LENGTHS if getattr(config, name) is not None and name != "max_train_minutes"}
     for name, value in read_config(type(config), file).items():
-        if name not in config.given and not (is_length and name in LENGTHS):
+        if name not in config.given | paths and not (is_length and name in LENGTHS):
             setattr(config, name, value)
     return True
 

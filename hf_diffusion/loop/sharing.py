@@ -13,6 +13,7 @@ from huggingface_hub import HfApi
 from huggingface_hub.errors import RemoteEntryNotFoundError, RepositoryNotFoundError
 
 from hf_diffusion.config.run_options import TrainingConfig
+from hf_diffusion.files import write_whole
 from hf_diffusion.hub.errors import PushError, bounded_requests, in_one_sentence, is_transient
 from hf_diffusion.hub.files import (
     CHECKPOINT,
@@ -26,6 +27,7 @@ from hf_diffusion.hub.files import (
 from hf_diffusion.hub.outbox import drop_oldest, link_or_copy, new_entry, pending, start_sending
 from hf_diffusion.hub.push import check_license, check_write_access
 from hf_diffusion.loop.checkpoints import BadCheckpoint, list_checkpoints, read_manifest
+from hf_diffusion.loop.output_folder import CONFIG
 from hf_diffusion.loop.trainer import Trainer
 
 
@@ -61,6 +63,9 @@ def fetch_checkpoint(repo_id: str, output_dir: Path, api: HfApi | None = None) -
     """Put the repository's checkpoint into `output_dir` beside those of the run; None where none
     was pushed yet.
 
+    Where there is no config.yaml yet, that of the repository comes along: it tells what the run has
+    chosen itself.
+
     BadCheckpoint for one that is damaged, or whose files would run code when they are loaded.
     OSError where the Hub cannot be asked or has no such repository.
     """
@@ -73,6 +78,8 @@ def fetch_checkpoint(repo_id: str, output_dir: Path, api: HfApi | None = None) -
             api.snapshot_download(repo_id, revision=commit, local_dir=staging, allow_patterns=[f"{CHECKPOINT}/*"])
         step = read_manifest(staging / CHECKPOINT)["step"]
         _refuse_code(staging / CHECKPOINT)
+        if not (output_dir / CONFIG).exists() and (settings := _settings(api, repo_id, commit, staging)) is not None:
+            write_whole(output_dir / CONFIG, settings.read_bytes())
         target = output_dir / f"checkpoint-{int(step):08d}"
         if not target.exists():
             (staging / CHECKPOINT).rename(target)
@@ -92,6 +99,15 @@ def fetch_checkpoint(repo_id: str, output_dir: Path, api: HfApi | None = None) -
         ) from error
     finally:
         shutil.rmtree(staging, ignore_errors=True)
+
+
+def _settings(api: HfApi, repo_id: str, commit: str, staging: Path) -> Path | None:
+    try:
+        with bounded_requests():
+            return Path(api.hf_hub_download(repo_id, CONFIG, revision=commit, local_dir=staging))
+    # of a run that was shared in another way
+    except RemoteEntryNotFoundError:
+        return None
 
 
 def _refuse_code(checkpoint: Path) -> None:

@@ -10,19 +10,22 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import ProjectConfiguration, broadcast_object_list
+from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration
 
+from hf_diffusion.config.closed_output import ending_with_its_reader, nobody_reads
 from hf_diffusion.config.command_line import parse_config
 from hf_diffusion.config.publishing import STARTED_AS
 from hf_diffusion.config.run_options import TrainingConfig
 from hf_diffusion.data.loading import load_data
 from hf_diffusion.data.protocol import TrainingData
+from hf_diffusion.data.waiting import main_first
 from hf_diffusion.loop.dry_run import dry_run
 from hf_diffusion.loop.engines import check_engine, take_launch_settings
 from hf_diffusion.loop.finish import train_and_share
@@ -32,6 +35,9 @@ from hf_diffusion.loop.sharing import prepare_sharing
 from hf_diffusion.loop.trainer import Trainer
 
 
+# At a barrier, where the others wait while the first draws samples or the card's pictures; torch
+# would give up after 10 minutes.
+LONGEST_WAIT = timedelta(hours=2)
 Build = Callable[[Any, Accelerator, TrainingData], Trainer]
 
 
@@ -49,6 +55,18 @@ def run(
     the process.
     """
     prog = os.environ.get(STARTED_AS) or prog or Path(sys.argv[0]).name
+    with ending_with_its_reader():
+        _run(config_class, build, argv, prog, load)
+    return 0
+
+
+def _run(
+    config_class: type[TrainingConfig],
+    build: Build,
+    argv: Sequence[str] | None,
+    prog: str,
+    load: Callable[..., TrainingData],
+) -> None:
     config = parse_config(config_class, argv, prog=prog)
     with ExitStack() as until_the_end, one_sentence_errors(prog, config.traceback):
         accelerator = start(config)
@@ -63,7 +81,7 @@ def run(
             raise ValueError(f"init_from {config.init_from}: {prog} begins with new weights only; leave it out")
         if config.dry_run:
             dry_run(trainer, lambda: build(faster(config, data), accelerator, data))
-            return 0
+            return
         # only now: all that can be checked is checked and built
         if accelerator.is_main_process and config.overwrites:
             move_former_run(trainer.output_dir)
@@ -72,7 +90,6 @@ def run(
         held = until_the_end.pop_all()
     with held:
         train_and_share(trainer, command=[prog, *(sys.argv[1:] if argv is None else argv)])
-    return 0
 
 
 def settle(config: TrainingConfig, accelerator: Accelerator, data: TrainingData, build: Build) -> Accelerator:
@@ -112,29 +129,13 @@ def claim(config: TrainingConfig, accelerator: Accelerator, until_the_end: ExitS
 
 
 @contextmanager
-def main_first(accelerator: Accelerator) -> Iterator[None]:
-    """The main process before the others, which end without a word where it has failed with one."""
-    if not accelerator.is_main_process:
-        if broadcast_object_list([None])[0]:
-            raise SystemExit(1)
-        yield
-        return
-    try:
-        yield
-    except BaseException:
-        broadcast_object_list([True])
-        raise
-    broadcast_object_list([False])
-
-
-@contextmanager
 def one_sentence_errors(prog: str, traceback: bool = False) -> Iterator[None]:
     """End the process with status 1 and the message alone, where something turns out unusable
     before training."""
     try:
         yield
     except (ValueError, OSError, ImportError) as error:
-        if traceback:
+        if traceback or nobody_reads(error):
             raise
         raise SystemExit(f"{prog}: {error}") from error
 
@@ -151,7 +152,12 @@ def start(config: TrainingConfig) -> Accelerator:
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     project = ProjectConfiguration(project_dir=config.output_dir, logging_dir=str(Path(config.output_dir) / "logs"))
     trackers = list(config.report_to) or None
-    accelerator = Accelerator(mixed_precision=config.mixed_precision, log_with=trackers, project_config=project)
+    accelerator = Accelerator(
+        mixed_precision=config.mixed_precision,
+        log_with=trackers,
+        project_config=project,
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=LONGEST_WAIT)],
+    )
     take_launch_settings(config, accelerator)
     # accelerate would compute in float32 without a word
     if config.mixed_precision == "fp16" and accelerator.device.type == "cpu":

@@ -187,7 +187,7 @@ class Trainer:
             return
         config.max_train_steps = plan.total_steps
         if config.lr_scheduler == "trapezoid" and "lr_decay_steps" not in config.given:
-            config.lr_decay_steps = plan.decay_steps
+            config.lr_decay_steps, config.lr_decay_ends = plan.decay_steps, plan.decay_ends
         self.total_steps = self.updater.total_steps = self.continuation.identity["total_steps"] = plan.total_steps
         self.progress.set_total(plan.total_steps)
         if self.accelerator.is_main_process:

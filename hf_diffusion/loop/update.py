@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from hf_diffusion.config.run_options import TrainingConfig
 from hf_diffusion.loop.averages import SharedNetwork, is_of_transformers
 from hf_diffusion.loop.engines import compile_options, full_tensor, parallelism
-from hf_diffusion.loop.learning_rate import lr_factor
+from hf_diffusion.loop.learning_rate import lr_factor, rate_settings
 from hf_diffusion.loop.muon import Muon
 from hf_diffusion.loop.nonfinite import TrainingDiverged, bad_rows_in_words, check_loss_scale
 from hf_diffusion.loop.reporting import Progress, RunningMeans
@@ -155,7 +155,7 @@ class Updater:
 
     def _set_learning_rate(self, player: Player, step: int) -> None:
         config = self.config
-        factor = lr_factor(step, self.total_steps, config.lr_scheduler, config.lr_warmup_steps, config.lr_decay_steps)
+        factor = lr_factor(step, self.total_steps, *rate_settings(config))
         for group in player.optimizer.param_groups:
             group["lr"] = player.learning_rate * factor
 

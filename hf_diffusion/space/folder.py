@@ -9,7 +9,7 @@ from typing import Any
 
 import diffusers
 
-from hf_diffusion.files import write_whole
+from hf_diffusion.files import remove_partials, write_whole
 from hf_diffusion.hub.card_format import END, START, format_card, parse_card, split_generated
 from hf_diffusion.hub.files import CARD, SPACE_MODEL, model_files, refuse_tokens
 from hf_diffusion.hub.loading import find_index, read_index
@@ -44,6 +44,7 @@ def write_space(source: str, output: Path, title: str, revision: str | None = No
     refuse_tokens(parts.values())
     place = (SPACE_MODEL, None) if folder is not None else (source, index_file.parent.name)
     app, notes = app_text(output / APP, dict(zip(("MODEL", "REVISION", "TITLE"), (*place, title))))
+    remove_partials(output, *(path for path in output.rglob("*") if path.is_dir()))
     requirements = output / REQUIREMENTS
     needed = (HERE / REQUIREMENTS).read_text(encoding="utf-8")
     if not requirements.exists():

@@ -78,6 +78,50 @@ def test_the_traceback_is_shown_on_request(folders):
         main(["sample", str(folders), "--traceback"])
 
 
+READERLESS = """
+import os, subprocess, sys
+@claim
+def ended():
+    found = {}
+    for what in ("help", "sentence", "training", "socket"):
+        reader, writer = os.pipe()
+        os.close(reader)
+        words = [sys.executable, "-c", os.environ["SCRIPT"], what]
+        output = subprocess.DEVNULL if what == "socket" else writer
+        done = subprocess.run(words, stdout=output, stderr=subprocess.PIPE, text=True, timeout=100)
+        os.close(writer)
+        found[what] = done.returncode, done.stderr
+    return found
+"""
+SCRIPT = """
+import sys
+from hf_diffusion.cli import COMMANDS, main
+from hf_diffusion.config.closed_output import ending_with_its_reader
+what = sys.argv[1]
+class Other:
+    traceback = False
+    def run(self):
+        if what == "sentence":
+            raise ValueError("no such folder")
+        raise BrokenPipeError("of a connection")
+if what == "training":
+    with ending_with_its_reader():
+        for _ in range(10_000):
+            print("step")
+if what != "help":
+    COMMANDS["info"].parsed = lambda *_: Other()
+sys.exit(main(["train", "--help"] if what == "help" else ["info", "here"]))
+"""
+
+
+def test_a_command_whose_reader_has_gone_ends_silently_and_tells_of_its_own_mistakes():
+    ended = run_claims(READERLESS, env={"SCRIPT": SCRIPT})["ended"]
+    assert ended["help"] == ended["training"] == [141, ""]
+    assert ended["sentence"] == [1, "hf-diffusion info: no such folder\n"]
+    # one that is not of its reader is no reason to be silent
+    assert ended["socket"] == [1, "hf-diffusion info: of a connection\n"]
+
+
 def test_an_interrupted_command_ends_with_status_130(monkeypatch, capsys):
     def interrupted(self):
         raise KeyboardInterrupt

@@ -11,10 +11,14 @@ import pytest
 import yaml
 
 from hf_diffusion.cli import main
+from hf_diffusion.commands import train as train_command
 from hf_diffusion.commands.script_settings import config_class
 from hf_diffusion.commands.train import families
 from hf_diffusion.config.options import settings
 from hf_diffusion.config.publishing import STARTED_AS
+from hf_diffusion.config.shared_options import DataOptions
+from hf_diffusion.data.points import SHAPES
+from hf_diffusion.data.sources import EMBEDDED
 from tests.launching import ENVIRONMENT, REPO, run_claims
 from tests.loop.test_start import png_folder
 
@@ -116,14 +120,28 @@ def test_a_folder_is_trained_on_and_the_card_tells_the_command(tmp_path, monkeyp
 @pytest.mark.parametrize(
     "data, sentence",
     {
-        "./nowhere": "data './nowhere' is no folder or file here; give one, or user/name of a data set on the Hub",
+        "./nowhere": "data './nowhere' is no folder or file here; give one, one of digits, eight_gaussians, ",
         "a/b/c": "data 'a/b/c' is no folder or file here",
+        "digitz": "here; did you mean digits? Else give a path, one of digits, ",
+        "image": "did you mean images? Else give a path",
+        "images/cat": "did you mean images/cats? Else give a path",
+        "me/images.zip": "data 'me/images.zip' is no folder or file here; give one",
+        "mnist": "or user/name of a data set on the Hub; --dataset_name mnist asks the Hub for it all the same",
     }.items(),
 )
-def test_data_that_are_nowhere_are_said_to_be(tmp_path, capsys, data, sentence):
+def test_data_that_are_nowhere_are_said_to_be_at_once_with_what_is_near(tmp_path, capsys, data, sentence, monkeypatch):
+    (tmp_path / "images" / "cats").mkdir(parents=True)
+    (tmp_path / "my_images.zip").touch()
+    monkeypatch.chdir(tmp_path)
+    # before anything could ask a network
+    monkeypatch.setattr(train_command, "importlib", None)
     with pytest.raises(SystemExit) as stopped:
         main(["train", "ddpm", "--data", data, "--output", str(tmp_path / "x"), "--max_train_steps", "1"])
     assert stopped.value.code == 2 and sentence in capsys.readouterr().err
+
+
+def test_the_built_in_names_are_those_of_the_data():
+    assert DataOptions.built_in == (*EMBEDDED, *SHAPES)
 
 
 def test_data_names_a_path_before_a_name(tmp_path, monkeypatch):

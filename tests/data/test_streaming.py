@@ -17,6 +17,7 @@ import torch
 from PIL import Image
 
 from hf_diffusion.data.images import load_images
+from hf_diffusion.data.splits import load_unaugmented
 from tests.data.making import (
     folder_of,
     labelled_parquet,
@@ -84,6 +85,20 @@ def test_a_stream_needs_class_names(tmp_path):
     with pytest.raises(ValueError, match="classes are unknown before the stream was read; load with streaming=False"):
         load_images(train_data_dir=path, streaming=True)
     assert load_images(train_data_dir=path, streaming=True, label_column="none").class_names is None
+
+
+def test_what_is_held_out_of_a_stream_is_kept_and_shares_no_row_with_the_training():
+    arguments = {"dataset_name": "digits", "streaming": True, "split": "train[:90%]"}
+    data = load_images(**arguments)
+    held_out, set_aside = load_unaugmented(arguments, data, "train[90%:]"), load_images("digits", split="train[90%:]")
+    assert len(held_out) == len(set_aside) == 180 and held_out.class_names == set_aside.class_names
+    ours, theirs = (found.fetch(range(180), 0) for found in (held_out, set_aside))
+    assert sorted(ours["x_0"].flatten(1).tolist()) == sorted(theirs["x_0"].flatten(1).tolist())
+    assert ours["labels"].bincount().equal(theirs["labels"].bincount()) and ours["indices"].tolist() == list(
+        range(180)
+    )
+    with pytest.raises(ValueError, match="split 'train.80%:.' shares rows with the training"):
+        load_unaugmented(arguments, data, "train[80%:]")
 
 
 @pytest.mark.slow

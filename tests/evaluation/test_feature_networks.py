@@ -17,6 +17,7 @@ from hf_diffusion.evaluation.feature_networks import (
     feature_network,
     load_feature_network,
     network_input,
+    raw_values,
 )
 from hf_diffusion.evaluation.feature_training import trained_network_file
 from hf_diffusion.models.unet_adm import ADMClassifier
@@ -34,6 +35,11 @@ def test_pixels_are_features_as_they_are():
     assert network.dimension == 64 and torch.equal(network(IMAGES), IMAGES.flatten(1))
     with pytest.raises(ValueError, match="up to 4096 values, these samples have 196608"):
         load("pixels", shape=(3, 256, 256))
+
+
+def test_raw_values_of_any_size_can_be_compared_one_by_one():
+    network = raw_values((3, 256, 256), torch.device("cpu"))
+    assert network.dimension == 196_608 and network(torch.zeros(2, 3, 256, 256)).shape == (2, 196_608)
 
 
 def test_raw_values_of_points_are_their_features_and_networks_of_images_are_refused(tmp_path):

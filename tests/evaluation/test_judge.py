@@ -1,15 +1,22 @@
 """Who judges: classes found by name, and a feature network that is too weak says so."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 
+from hf_diffusion.cli import main
 from hf_diffusion.data.images import load_images
+from hf_diffusion.evaluation import feature_training
 from hf_diffusion.evaluation.feature_networks import FeatureNetwork, load_classifier
+from hf_diffusion.evaluation.feature_training import features_for
 from hf_diffusion.evaluation.image_files import FileImages
 from hf_diffusion.evaluation.judge import Judge
 from hf_diffusion.evaluation.options import EvaluationOptions
+from hf_diffusion.evaluation.protocol import protocol_text
 from hf_diffusion.models.unet_adm import ADMClassifier
 
 
@@ -49,6 +56,63 @@ def test_a_saved_classifier_tells_its_classes(tmp_path):
                         id2label={0: "cat", 1: "dog"})  # fmt: skip
     net.save_pretrained(tmp_path)
     assert load_classifier(tmp_path, (1, 8, 8)).class_names == ("cat", "dog")
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory):
+    """60 images of 4,800 values in the class folders dark and bright."""
+    folder, rng = tmp_path_factory.mktemp("large"), np.random.default_rng(0)
+    for i in range(60):
+        path = folder / ("dark" if i % 2 else "bright") / f"{i}.png"
+        path.parent.mkdir(exist_ok=True)
+        Image.fromarray(rng.integers(0, 120, (40, 40, 3), np.uint8) + np.uint8(120 * (i % 2 == 0))).save(path)
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def briefly(monkeypatch):
+    monkeypatch.setattr(feature_training, "STEPS", 2)
+
+
+def test_features_are_chosen_by_the_size_of_samples_their_number_and_the_classes(large, image_folder, tmp_path):
+    small, wide = load_images(train_data_dir=str(image_folder)), load_images(train_data_dir=str(large))
+    plain = load_images(train_data_dir=str(large), label_column="none")
+    assert (
+        features_for("auto", small, ["fd", "kd"], 100) == features_for("pixels", small, ["fd"], 5) == ("pixels", None)
+    )
+    spec, reason = features_for("auto", small, ["fd"], 60, tmp_path)
+    assert spec.name.startswith("trained-on-images") and "the 64 values of a sample are too many" in reason
+    assert features_for("auto", small, ["kd"], 60) == ("pixels", None)
+    spec, reason = features_for("auto", wide, ["kd"], 50, tmp_path)
+    assert spec.name.startswith("trained-on-large") and "the 4,800 values" in reason and "4,096 at most" in reason
+    with pytest.raises(
+        ValueError, match="4,800 values of a sample .* has no classes to train a network on; give feat"
+    ):
+        features_for("auto", plain, ["kd"], 50)
+    # where too few are drawn, what is said is how many it takes
+    bare = load_images(train_data_dir=str(image_folder), label_column="none")
+    assert features_for("auto", bare, ["fd"], 60) == ("pixels", None)
+
+
+def test_images_too_large_for_pixels_are_measured_by_the_default_which_its_protocol_says(large, tmp_path, capsys):
+    words = [
+        "evaluate",
+        str(large),
+        "--train_data_dir",
+        str(large),
+        "--metrics",
+        "kd,pr",
+        "--output_dir",
+        str(tmp_path),
+    ]
+    assert main([*words, "--reference_cache", str(tmp_path / "cache")]) == 0
+    said = capsys.readouterr().out
+    assert "too many to be features, which are 4,096 at most" in said and "features trained-on-large" in said
+    (entry,) = json.loads((tmp_path / "metrics.json").read_text())["results"]
+    assert "4,800 values" in entry["protocol"]["features"]["chosen"]
+    assert "chosen since the 4,800 values of a sample" in protocol_text(entry["protocol"])
+    assert main([*words[:4], "--label_column", "none", *words[4:]]) == 1
+    assert "has no classes to train a network on; give features 'inception'" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("weak", [False, True])

@@ -28,6 +28,20 @@ def test_trapezoid_rises_stays_and_falls_linearly_to_zero_at_the_end():
     assert factors[80:] == pytest.approx([(100 - step) / 20 for step in range(80, 101)])
 
 
+def test_a_decay_that_is_planned_anew_bends_where_it_is_and_ends_at_zero():
+    ends = (80, 100, 90, 94, 92, 95)
+    factors = [lr_factor(step, 95, "trapezoid", 10, 15, ends) for step in range(97)]
+    assert set(factors[10:81]) == {1.0} and factors[90] == 0.5 and factors[91:93] == [0.375, 0.25]
+    assert factors[93:] == pytest.approx([0.25 * 2 / 3, 0.25 / 3, 0.0, 0.0])
+    # bit for bit what was done before it was bent
+    for known, total in ((2, 100), (4, 94)):
+        before = [lr_factor(step, total, "trapezoid", 10, total - 80, ends[:known]) for step in range(97)]
+        assert before[: ends[known] + 1] == factors[: ends[known] + 1]
+    assert before[:91] == [lr_factor(step, 100, "trapezoid", 10, 20) for step in range(91)]
+    # of another length it is no longer that decay
+    assert lr_factor(85, 100, "trapezoid", 10, 20, ends) == 0.75
+
+
 def test_defaults_are_five_percent_of_warmup_and_thirty_percent_of_decay():
     assert [lr_factor(step, 1000) for step in (25, 50, 700, 850, 1000)] == pytest.approx([0.5, 1.0, 1.0, 0.5, 0.0])
     assert lr_factor(499, 10**6) < 1.0 == lr_factor(500, 10**6)  # the warm-up of a long run is not 5 % long

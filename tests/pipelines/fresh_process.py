@@ -4,9 +4,11 @@ It does all the loading for the tests of this folder and writes down what it saw
 one claim each.
 """
 
+import hashlib
 import inspect
 import json
 import shutil
+import sys
 from pathlib import Path
 from typing import NamedTuple
 
@@ -35,11 +37,15 @@ PACKAGE_PARENT = Path(hf_diffusion.__file__).parents[1]
 
 
 class Outcome(NamedTuple):
-    """What the process drew into `work`, what it saw, and the images that it should draw."""
+    """What the process drew into `work`, what it saw, and the images that it should draw.
+
+    classes: of each pipeline that was saved, as `classes_of` tells them.
+    """
 
     work: Path
     seen: dict
     references: dict[str, np.ndarray]
+    classes: dict[str, dict[str, list[str]]]
 
     def images(self, name: str) -> np.ndarray:
         return np.load(self.work / f"{name}.npy")
@@ -55,9 +61,21 @@ def image(pipe) -> np.ndarray:
     return pipe(**what, num_inference_steps=3, generator=generators, output_type="np").images
 
 
+def classes_of(pipe) -> dict[str, list[str]]:
+    """Module, name and hash of the code of a pipeline's class and of those of its parts; the
+    child's, too."""
+    found = {}
+    for part, module in {"": pipe, **pipe.components}.items():
+        if module is not None:
+            cls = type(module)
+            code = Path(sys.modules[cls.__module__].__file__).read_bytes()
+            found[part] = [cls.__module__, cls.__name__, hashlib.sha256(code).hexdigest()]
+    return found
+
+
 # What every child starts with.
 PREAMBLE = """
-import os
+import hashlib, os
 import numpy as np, torch
 from diffusers import AutoModel, DiffusionPipeline
 work, seen = Path(os.environ["WORK"]), claims
@@ -66,6 +84,7 @@ def note(name, pipe):
     parts = {part: found for part, found in pipe.components.items() if found is not None}
     seen[name] = {part: type(found).__module__ for part, found in parts.items()}
     seen[name]["class"] = type(pipe).__module__
+    seen[f"classes of {name}"] = classes_of(pipe)
 def note_error(name, load):
     try:
         load()
@@ -82,7 +101,7 @@ def run_child(code: str, work: Path, env: dict[str, str], package: str) -> dict:
     """
     elsewhere = work / "elsewhere"
     elsewhere.mkdir(exist_ok=True)
-    script = PREAMBLE + inspect.getsource(image) + code
+    script = PREAMBLE + inspect.getsource(image) + inspect.getsource(classes_of) + code
     return run_claims(script, elsewhere, {**env, "WORK": str(work)}, with_package=package == "present")
 
 
@@ -201,14 +220,14 @@ for name in ("no classifier", "no guidance"):
 
 def load_in_a_fresh_process(work: Path, env: dict[str, str]) -> Outcome:
     """Save pipelines into `work`, and load them elsewhere with the Hub of `env`."""
-    references = {}
+    references, classes = {}, {}
     pipes = {"a": make_pipe(ord("a"), True), "b": make_pipe(ord("b"), False)}
     pipes |= {cls.__name__: TINY[cls].make() for cls in public_pipelines() if cls in TINY}
     pipes |= {"points": make_points(), "points-in-few-steps": make_points_in_few_steps()}
     public = {name: type(pipe).__name__ for name, pipe in pipes.items() if len(name) > 1}
     for name, pipe in pipes.items():
         pipe.save_pretrained(work / name)
-        references[name] = image(pipe)
+        references[name], classes[name] = image(pipe), classes_of(pipe)
     guided = pipes["ClassifierGuidancePipeline"]
     ClassifierGuidancePipeline(guided.unet, None, guided.scheduler).save_pretrained(work / "no classifier")
     ClassifierFreeGuidancePipeline(guided.unet, guided.scheduler).save_pretrained(work / "no guidance")
@@ -222,4 +241,4 @@ def load_in_a_fresh_process(work: Path, env: dict[str, str]) -> Outcome:
     other = work / "b, other code" / "unet" / "unet_adm.py"
     other.write_text(other.read_text().replace("h = self.conv_out(", "h = -self.conv_out("))
     env = {**env, "PUBLIC": json.dumps(public), "PACKAGE_PARENT": str(PACKAGE_PARENT)}
-    return Outcome(work, run_child(UPLOAD + STRANGER + ARRIVAL + AUTHOR, work, env, "absent"), references)
+    return Outcome(work, run_child(UPLOAD + STRANGER + ARRIVAL + AUTHOR, work, env, "absent"), references, classes)

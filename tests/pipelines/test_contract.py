@@ -4,6 +4,7 @@ The pipelines come from the package's public list. Each needs a tiny instance in
 tests/pipelines/tiny.py.
 """
 
+import hashlib
 import importlib
 import inspect
 
@@ -186,9 +187,19 @@ def test_a_fresh_process_draws_the_same_without_the_package_and_with_it(name, ou
     }
     for form, home in forms.items():
         np.testing.assert_array_equal(outcome.images(f"{name}: {form}"), outcome.references[name], err_msg=form)
-        # parts of diffusers and transformers come from there, absent ones are None
-        stock = ("diffusers.", "transformers.", "builtins")
-        assert all(module.startswith((home, *stock)) for module in outcome.seen[f"{name}: {form}"].values()), form
+        found, made = outcome.seen[f"classes of {name}: {form}"], outcome.classes[name]
+        assert {part: own for part, (_, own, _) in found.items()} == {part: own for part, (_, own, _) in made.items()}
+        for part, (module, _, code) in found.items():
+            origin, _, package_code = made[part]
+            if not origin.startswith("hf_diffusion."):
+                assert module.split(".")[0] == origin.split(".")[0] in ("diffusers", "transformers"), (form, part)
+                continue
+            # ours: by the package's code, or by that of the folder and nothing else
+            shipped = outcome.work / name / part / f"{module.rpartition('.')[2]}.py"
+            wanted = package_code if home == "hf_diffusion." else hashlib.sha256(shipped.read_bytes()).hexdigest()
+            assert module.startswith(home) and code == wanted, (form, part, module)
+    ours = [part for part, (module, *_) in outcome.classes[name].items() if module.startswith("hf_diffusion.")]
+    assert {"", "scheduler"} <= set(ours)
     assert "trust_remote_code=True" in outcome.seen[f"{name}: untrusted hub"]
 
 

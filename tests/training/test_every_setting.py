@@ -200,6 +200,7 @@ BUILT = [
     Row("lr_scheduler", "cosine", rate(75), COSINE, LOOP),
     Row("lr_warmup_steps", 10, rate(5), 0.5, LOOP),
     Row("lr_decay_steps", 50, rate(75), 0.5, LOOP),
+    Row("lr_decay_ends", (40, 80, 60, 100), rate(80), 0.25, LOOP),
     Row("adam_beta1", 0.25, adam(lambda group: group["betas"][0]), {0.25}, LOOP),
     Row("adam_beta2", 0.75, adam(lambda group: group["betas"][1]), {0.75}, LOOP),
     Row("adam_weight_decay", 0.5, adam(lambda group: group["weight_decay"]), {0.5}, LOOP),

@@ -9,18 +9,25 @@ from pathlib import Path
 import huggingface_hub
 import pytest
 import torch
+import yaml
 from huggingface_hub import CommitOperationAdd, HfApi, constants, metadata_load
 
 from hf_diffusion import ADMClassifier, ClassifierFreeGuidancePipeline, cli
 from hf_diffusion.cards.data_set import data_set_facts, facts_of_card
 from hf_diffusion.hub import outbox
-from hf_diffusion.loop import sharing
+from hf_diffusion.loop import planning, sharing
 from hf_diffusion.loop.checkpoints import BadCheckpoint
 from hf_diffusion.training import train_classifier, train_ddgan, train_ddpm
 from tests.hub.test_push import connect
 from tests.launching import run_claims
+from tests.loop.test_start import png_folder
 from tests.training.interruptions import stop_after
 from tests.training.test_train_ddpm import TINY, assert_same_weights, weights
+
+
+# No more than a network; all else is for the run to choose.
+CHOOSING = "--model_channels 8 --norm_num_groups 4 --num_head_channels 8 --channel_mult 1 --num_res_blocks 1".split()
+CHOOSING += "--ddpm_num_inference_steps 2 --num_sample_images 2 --sample_steps none --checkpointing_steps 1".split()
 
 
 @pytest.fixture
@@ -54,6 +61,28 @@ def test_a_run_that_is_stopped_goes_on_from_the_hub_on_another_machine_bit_for_b
         api.snapshot_download(repo, revision="step-00000005", local_dir=tmp_path / "there")
     )
     assert_same_weights(loaded.unet.state_dict(), weights(tmp_path / "whole"))
+
+
+def test_what_a_run_has_chosen_itself_goes_on_from_the_hub_too(api, tmp_path, monkeypatch, capsys):
+    repo, pictures = "alice/chooses", tmp_path / "pictures"
+    png_folder(pictures)
+    words = [*CHOOSING, "--preset", "auto", "--max_train_steps", "4", "--train_data_dir", str(pictures)]
+    words += ["--push_to_hub", "--hub_model_id", repo, "--hub_strategy", "checkpoint"]
+    with monkeypatch.context() as patch:
+        stop_after(patch, 2)
+        train_ddpm.main([*words, "--output_dir", str(tmp_path / "first")])
+    # another machine, which would choose otherwise
+    chosen = yaml.safe_load((tmp_path / "first" / "config.yaml").read_text())
+    monkeypatch.setattr(planning, "choose", None)
+    fresh = [*words, "--output_dir", str(tmp_path / "second"), "--resume_from_checkpoint", "hub"]
+    assert train_ddpm.main(fresh) == 0
+    assert "going on from" in capsys.readouterr().out
+    now = yaml.safe_load((tmp_path / "second" / "config.yaml").read_text())
+    assert {name for name in now if now[name] != chosen[name]} == {"output_dir"}
+    assert now["train_data_dir"] == str(pictures) and now["train_batch_size"] == chosen["train_batch_size"] is not None
+    # a run without settings beside its checkpoint goes on as it did
+    api.delete_file("config.yaml", repo)
+    assert sharing.fetch_checkpoint(repo, tmp_path / "third").is_dir() and not list(tmp_path.glob("third/*.yaml"))
 
 
 def test_a_run_pushes_private_weights_card_and_code_and_no_state(api, tmp_path, capsys):

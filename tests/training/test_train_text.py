@@ -119,6 +119,24 @@ def test_its_bound_says_what_it_holds_for(whole, tmp_path, capsys):
     assert entry["protocol"]["data"]["name"] == "cats.txt" and entry["protocol"]["levels"] == 4
 
 
+def test_a_stream_is_resumed_bit_for_bit_measured_on_its_first_lines_and_has_a_card(text, tmp_path, capsys):
+    flags = ["--streaming", "--split", "train[10:]", "--eval_split", "train[:10]", "--eval_steps", "2"]
+    flags += ["--dataloader_num_workers", "1"]
+    with pytest.MonkeyPatch.context() as patch:
+        stop_after(patch, 2)
+        train_text.main([*TINY, "--train_data_dir", str(text), "--output_dir", str(tmp_path / "b"), *flags])
+    trained(tmp_path / "b", text, *flags, "--resume_from_checkpoint", "latest")
+    a, b = weights(trained(tmp_path / "a", text, *flags)), weights(tmp_path / "b")
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    log = [json.loads(line) for line in (tmp_path / "a" / "metrics.jsonl").read_text().splitlines()]
+    assert {r["step"] for r in log if "eval_bits_per_token" in r} == {2, 4}
+    card = (tmp_path / "a" / "README.md").read_text()
+    assert "another place of the first 2,200 tokens of the stream" in card and "--- the original ---" in card
+    with pytest.raises(SystemExit):
+        trained(tmp_path / "c", text, "--streaming", "--num_epochs", "1", "--max_train_steps", "none")
+    assert "num_epochs needs the number of samples, which a stream does not tell" in capsys.readouterr().err
+
+
 CHILD = """
 import os, torch
 from diffusers import DiffusionPipeline
@@ -295,9 +313,10 @@ def test_settings_that_contradict_each_other_are_refused(given, message):
 
 
 @pytest.mark.slow
-def test_two_processes_follow_the_run_of_one_with_the_same_global_batch(text, tmp_path):
+@pytest.mark.parametrize("reading", [[], ["--streaming", "--dataloader_num_workers", "1"]], ids=["kept", "streamed"])
+def test_two_processes_follow_the_run_of_one_with_the_same_global_batch(text, tmp_path, reading):
     for processes, batch in ((1, "8"), (2, "4")):
-        flags = [*TINY, "--train_data_dir", str(text), "--train_batch_size", batch]
+        flags = [*TINY, "--train_data_dir", str(text), "--train_batch_size", batch, *reading]
         words = [
             *launcher(processes),
             "training/train_text.py",
