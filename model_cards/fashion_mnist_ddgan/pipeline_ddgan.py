@@ -307,6 +307,23 @@ class SamplingMixin:
         if not isinstance(guidance_scale, Real) or not math.isfinite(guidance_scale):
             raise ValueError(f"guidance_scale must be a finite number, not {guidance_scale!r}; 1 does not guide")
 
+    def check_guide(self, guide: ModelMixin) -> None:
+        """Raise ValueError for a weaker network that does not draw the same samples.
+
+        One without classes may guide a network that has some: it says what no class looks like.
+        """
+        said = []
+        for config in (guide.config, self.drawing_network.config):
+            shape = (config.in_channels, *sides(config.get("sample_size")))
+            said.append((shape, config.get("num_class_embeds")))
+        (shape, classes), (own_shape, own_classes) = said
+        if shape != own_shape or classes not in (None, own_classes):
+            raise ValueError(
+                f"the network that guides was made for samples of shape {shape} with {classes or 'no'} classes, and "
+                f"the one that draws for {own_shape} with {own_classes or 'no'}; give one of the same data, such as "
+                "an early checkpoint of its run"
+            )
+
     def check_steps(
         self,
         num_inference_steps: int,

@@ -1,8 +1,9 @@
 """Sampling with classifier-free guidance; without guidance for a model that knows no classes.
 
-Classifier-free guidance: Ho and Salimans 2022, arXiv:2207.12598. Guidance interval: Kynkaanniemi et
-al. 2024, arXiv:2404.07724. Guidance rescale: Lin et al. 2023, arXiv:2305.08891. Shapes: B images, C
-channels, H x W pixels; samples of any other rank go the same way.
+Classifier-free guidance: Ho and Salimans 2022, arXiv:2207.12598. Autoguidance: Karras et al. 2024,
+arXiv:2406.02507. Guidance interval: Kynkaanniemi et al. 2024, arXiv:2404.07724. Guidance rescale:
+Lin et al. 2023, arXiv:2305.08891. Shapes: B images, C channels, H x W pixels; samples of any other
+rank go the same way.
 """
 
 import inspect
@@ -309,6 +310,23 @@ class SamplingMixin:
         """Raise ValueError for a scale of guidance that is no finite number."""
         if not isinstance(guidance_scale, Real) or not math.isfinite(guidance_scale):
             raise ValueError(f"guidance_scale must be a finite number, not {guidance_scale!r}; 1 does not guide")
+
+    def check_guide(self, guide: ModelMixin) -> None:
+        """Raise ValueError for a weaker network that does not draw the same samples.
+
+        One without classes may guide a network that has some: it says what no class looks like.
+        """
+        said = []
+        for config in (guide.config, self.drawing_network.config):
+            shape = (config.in_channels, *sides(config.get("sample_size")))
+            said.append((shape, config.get("num_class_embeds")))
+        (shape, classes), (own_shape, own_classes) = said
+        if shape != own_shape or classes not in (None, own_classes):
+            raise ValueError(
+                f"the network that guides was made for samples of shape {shape} with {classes or 'no'} classes, and "
+                f"the one that draws for {own_shape} with {own_classes or 'no'}; give one of the same data, such as "
+                "an early checkpoint of its run"
+            )
 
     def check_steps(
         self,
@@ -679,10 +697,12 @@ class ClassifierFreeGuidancePipeline(SamplingMixin, SelfContainedMixin, Diffusio
         scheduler: any diffusers scheduler.
         id2label: the names of the classes by number; kept in model_index.json.
         vae: an autoencoder of diffusers, which decodes what the network draws; None draws samples.
+        guide_unet: a weaker network of the same data and process, such as an early checkpoint, that
+            guidance leads away from, in place of the prediction without a class (autoguidance).
     """
 
     model_cpu_offload_seq = "unet->vae"
-    _optional_components = ["vae"]
+    _optional_components = ["vae", "guide_unet"]
     sampling_options = (
         "num_inference_steps",
         "timesteps",
@@ -704,15 +724,17 @@ class ClassifierFreeGuidancePipeline(SamplingMixin, SelfContainedMixin, Diffusio
         scheduler: SchedulerMixin,
         id2label: dict | None = None,
         vae: ModelMixin | None = None,
+        guide_unet: ModelMixin | None = None,
     ):
         super().__init__()
-        self.register_modules(unet=unet, scheduler=scheduler, vae=vae)
+        self.register_modules(unet=unet, scheduler=scheduler, vae=vae, guide_unet=guide_unet)
         self.register_id2label(id2label)
 
     def example_call(self) -> dict[str, Any]:
         """Arguments of a call that draws a few samples, guided where the model can be."""
         steps = min(50, self.scheduler.config.num_train_timesteps)
-        guidance = {} if self.null_class_id is None else {"guidance_scale": 1.5}
+        can_guide = self.guide_unet is not None or self.null_class_id is not None
+        guidance = {"guidance_scale": 1.5} if can_guide else {}
         return {**super().example_call(), "num_inference_steps": steps, **guidance}
 
     @property
@@ -759,11 +781,13 @@ class ClassifierFreeGuidancePipeline(SamplingMixin, SelfContainedMixin, Diffusio
         if guider is not None:
             self._check_guider(guider, labels, guidance_scale)
         self.check_scale(guidance_scale)
-        if guidance_scale != 1 and labels is None:
+        if self.guide_unet is not None:
+            self.check_guide(self.guide_unet)
+        elif guidance_scale != 1 and labels is None:
             raise ValueError(
                 f"guidance_scale={guidance_scale} needs class_labels to guide towards; use 1 without them"
             )
-        if guidance_scale != 1 and self.null_class_id is None:
+        elif guidance_scale != 1 and self.null_class_id is None:
             raise ValueError(
                 f"guidance_scale={guidance_scale} needs a model that was trained with a null class (null_class=True "
                 "and labels left out at random); this one has none, so use guidance_scale=1"
@@ -804,10 +828,17 @@ class ClassifierFreeGuidancePipeline(SamplingMixin, SelfContainedMixin, Diffusio
         is_learned = str(self.scheduler.config.get("variance_type")).startswith("learned")
         return is_learned and "variance_type" in accepted and "solver_order" not in accepted
 
-    def predict(self, latents: Tensor, t: Tensor, labels: Tensor | None, micro_batch_size: int | None) -> Tensor:
+    def predict(
+        self,
+        latents: Tensor,
+        t: Tensor,
+        labels: Tensor | None,
+        micro_batch_size: int | None,
+        network: ModelMixin | None = None,
+    ) -> Tensor:
         """The network's output for x_t (B, C, ...), `micro_batch_size` samples at a time."""
         inputs = self.scheduler.scale_model_input(latents, t)
-        return in_micro_batches(self.unet, micro_batch_size, inputs, t, class_labels=labels)
+        return in_micro_batches(network or self.unet, micro_batch_size, inputs, t, class_labels=labels)
 
     def predict_guided(
         self,
@@ -865,7 +896,8 @@ class ClassifierFreeGuidancePipeline(SamplingMixin, SelfContainedMixin, Diffusio
                 UniPCMultistepScheduler is best by measurement, see `solver_advice`.
             timesteps: the steps themselves instead, in the form that `set_timesteps` takes.
             guidance_scale: w in uncond + w * (cond - uncond); 1 is plain conditional sampling,
-                without a second forward.
+                without a second forward. With a guide_unet its prediction, of the same class, takes
+                the place of uncond.
             guidance_interval: guide only where t / num_train_timesteps lies in [low, high]; 0 is
                 clean, 1 is pure noise.
             guidance_rescale: phi of arXiv:2305.08891, Eq. 16, between 0 and 1: how far the guided
@@ -909,6 +941,9 @@ class ClassifierFreeGuidancePipeline(SamplingMixin, SelfContainedMixin, Diffusio
         given_labels = labels
         if labels is None and self.null_class_id is not None:
             labels = torch.full((batch,), self.null_class_id, device=self._execution_device)
+        guide_labels = None
+        if self.guide_unet is not None and self.guide_unet.config.get("num_class_embeds"):
+            guide_labels = labels
 
         timesteps = self.prepare_timesteps(num_inference_steps, timesteps)
         self.check_levels()
@@ -926,14 +961,18 @@ class ClassifierFreeGuidancePipeline(SamplingMixin, SelfContainedMixin, Diffusio
                 if guider is not None:
                     output = self.predict_guided(guider, i, t, latents, labels, micro_batch_size)
                 elif is_inside[i] and guidance_scale != 1:
-                    both = torch.cat([torch.full_like(labels, self.null_class_id), labels])  # (2 B,)
-                    doubled = self.predict(torch.cat([latents, latents]), t, both, micro_batch_size)
-                    uncond, output = doubled.chunk(2)  # each (B, C or 2 C, ...)
-                    uncond, cond, variance = uncond[:, :channels], output[:, :channels], output[:, channels:]
-                    mean = uncond + guidance_scale * (cond - uncond)
+                    if self.guide_unet is None:
+                        both = torch.cat([torch.full_like(labels, self.null_class_id), labels])  # (2 B,)
+                        doubled = self.predict(torch.cat([latents, latents]), t, both, micro_batch_size)
+                        worse, output = doubled.chunk(2)  # each (B, C or 2 C, ...)
+                    else:
+                        worse = self.predict(latents, t, guide_labels, micro_batch_size, self.guide_unet)
+                        output = self.predict(latents, t, labels, micro_batch_size)
+                    worse, better, variance = worse[:, :channels], output[:, :channels], output[:, channels:]
+                    mean = worse + guidance_scale * (better - worse)
                     if guidance_rescale > 0:
-                        mean = rescale_guided(mean, cond, guidance_rescale)
-                    output = torch.cat([mean, variance], dim=1)  # the variance is the conditional one
+                        mean = rescale_guided(mean, better, guidance_rescale)
+                    output = torch.cat([mean, variance], dim=1)  # the variance is that of the better one
                 else:
                     output = self.predict(latents, t, labels, micro_batch_size)
                 if not takes_variance:

@@ -369,6 +369,7 @@ class ADMUNet2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
             the pixels is unchanged).
         num_class_embeds: number of classes; labels are then required, unless `null_class` adds the
             row `null_class_id`, which stands for "no label".
+        augment_dim: numbers that tell how a training image was augmented; without them it was not.
 
     Raises ValueError for settings that do not fit each other, and names a setting that does.
     """
@@ -401,6 +402,7 @@ class ADMUNet2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
         patch_size: int = 1,
         num_class_embeds: int | None = None,
         null_class: bool = False,
+        augment_dim: int | None = None,
     ):
         super().__init__()
         if out_channels is None:
@@ -479,13 +481,30 @@ class ADMUNet2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
                 self.up_blocks.append(ADMLayer(block, attend, upsample))
         self.norm_out = ADMGroupNorm(config.norm_num_groups, width)
         self.conv_out = zero_init(nn.Conv2d(width, out_channels * config.patch_size**2, 3, padding=1))
+        # last, so that the other weights begin as without it; subclasses need not have the setting
+        self.augment_embedding = None
+        if config.get("augment_dim"):
+            self.augment_embedding = nn.Linear(config.augment_dim, emb_channels, bias=False)
+            nn.init.zeros_(self.augment_embedding.weight)
         self.gradient_checkpointing = False
 
-    def conditioning(self, sample: Tensor, timestep: Tensor | float, class_labels: Tensor | None = None) -> Tensor:
+    def conditioning(
+        self,
+        sample: Tensor,
+        timestep: Tensor | float,
+        class_labels: Tensor | None = None,
+        augmentation: Tensor | None = None,
+    ) -> Tensor:
         """The conditioning vector (B, E) of timesteps and labels, before its SiLU."""
         timesteps = batch_timesteps(timestep, sample)  # (B,)
         sinusoids = timestep_embedding(timesteps, self.config.model_channels).to(sample.dtype)
         emb = self.time_embedding(sinusoids)  # (B, E)
+        if augmentation is not None and self.augment_embedding is None:
+            raise ValueError("augmentation was given to a model without augment_dim; leave it out")
+        if self.augment_embedding is not None and (augmentation is not None or self.training):
+            # zeros add nothing, but in training every weight has a gradient on every process
+            zeros = emb.new_zeros(len(sample), self.config.augment_dim)
+            emb = emb + self.augment_embedding(zeros if augmentation is None else augmentation.to(emb))
         if self.class_embedding is None:
             if class_labels is not None:
                 raise ValueError("class_labels were given to a model without classes; leave them out")
@@ -515,6 +534,7 @@ class ADMUNet2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
         timestep: Tensor | float,
         class_labels: Tensor | None = None,
         return_dict: bool = True,
+        augmentation: Tensor | None = None,
     ) -> UNet2DOutput | tuple[Tensor]:
         """Predict (B, out_channels, H, W) from `sample` (B, in_channels, H, W).
 
@@ -523,9 +543,10 @@ class ADMUNet2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
                 (B,); fractions allowed.
             class_labels: int64 (B,). Required iff the model has classes and no null class; None
                 means "no label" otherwise.
+            augmentation: (B, augment_dim), what was done to training images; None is nothing.
         """
         check_sample(sample, self.config.in_channels, self.multiple)
-        h = self.transform(sample, self.conditioning(sample, timestep, class_labels))
+        h = self.transform(sample, self.conditioning(sample, timestep, class_labels, augmentation))
         return UNet2DOutput(sample=h) if return_dict else (h,)
 
     def transform(self, sample: Tensor, emb: Tensor) -> Tensor:
@@ -656,9 +677,8 @@ class ADMGenerator(ADMUNet2DModel):
         """
         ratios = (alphas_cumprod.double() / (1 - alphas_cumprod.double())).log()  # falls with the timestep
         wanted = (alpha_bar.double() / (1 - alpha_bar.double())).log()
-        config = {
-            name: value for name, value in unet.config.items() if not name.startswith("_") and name != "out_channels"
-        }
+        other = ("out_channels", "augment_dim")
+        config = {name: value for name, value in unet.config.items() if not name.startswith("_") and name not in other}
         generator = cls(
             **config,
             signals=tuple(alpha_bar.sqrt().tolist()),
@@ -668,7 +688,9 @@ class ADMGenerator(ADMUNet2DModel):
         )
         rows = generator.conv_out.out_channels  # the first half, where the U-Net predicts a variance, too
         weights = {
-            name: value[:rows] if name.startswith("conv_out.") else value for name, value in unet.state_dict().items()
+            name: value[:rows] if name.startswith("conv_out.") else value
+            for name, value in unet.state_dict().items()
+            if not name.startswith("augment_embedding.")
         }
         generator.load_state_dict({**generator.state_dict(), **weights})
         return generator
