@@ -83,6 +83,7 @@ def test_tokens_of_a_killed_process_are_made_anew(tmp_path):
     assert len(names(cache)) == 1 and left not in names(cache)
 
 
+@pytest.mark.slow
 def test_a_network_whose_saving_was_killed_is_not_there_and_the_run_goes_on(tmp_path):
     flags = [*TINY, "--output_dir", str(tmp_path / "run"), "--max_train_steps", "1"]
     killed(killed_writers.half_a_model, *flags, log=tmp_path / "log")

@@ -36,6 +36,8 @@ class TrainingData(ABC):
     class_names: names by class id; None without classes.
     labels: int64 (num_samples,), the class id of each sample; None without classes and for a
         stream.
+    renumbered: the number of each class that the data themselves number, where `use_classes` has
+        given others; a stream gives its batches these.
     captions: of the samples, None without; `caption_coder` makes conditions of them.
     split_rows: the split, and which of its rows the samples are, None for all; None without splits.
     remarks: what was left out and what was done on the way, for people.
@@ -51,6 +53,7 @@ class TrainingData(ABC):
     sample_shape: tuple[int, ...]
     class_names: list[str] | None = None
     labels: np.ndarray | None = None
+    renumbered: np.ndarray | None = None
     captions: Captions | StreamedCaptions | None = None
     caption_coder: CaptionCoder | None = None
     split_rows: tuple[str, RowNumbers | None] | None = None
@@ -176,6 +179,7 @@ class TrainingData(ABC):
         ids = match_classes(self.class_names or [], names, self.name)
         if self.labels is not None:
             self.labels = ids[self.labels]
+        self.renumbered = ids if self.renumbered is None else ids[self.renumbered]
         self.class_names = list(names)
 
     def describe(self) -> dict[str, Any]:

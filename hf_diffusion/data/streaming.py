@@ -67,6 +67,7 @@ class StreamingImageData(TrainingData):
         self.name, self.class_names, self.sample_shape = name, class_names, (transform.channels, *transform.size)
         self.epoch_length: int | None = None
         self._dataset, self._image_column, self._label_column = dataset, image_column, label_column
+        self._stored_names = class_names
         self._random_flip, self._seed, self._max_bad_images = random_flip, seed, max_bad_images
         self._shuffle_buffer, self._facts, self._bad = shuffle_buffer, facts, {}
         # Whether an image was met whose format the set's cannot hold.
@@ -198,10 +199,11 @@ class StreamingImageData(TrainingData):
         }
         if self.class_names is not None:
             labels = [
-                check_label(row[self._label_column], self.class_names, self._label_column, f"row {place}")
+                check_label(row[self._label_column], self._stored_names, self._label_column, f"row {place}")
                 for _, place, row in chosen
             ]
-            batch["labels"] = torch.tensor(labels, dtype=torch.int64)
+            numbers = labels if self.renumbered is None else self.renumbered[labels]
+            batch["labels"] = torch.as_tensor(numbers, dtype=torch.int64)
         if self.captions is not None:
             texts = [self.captions.choose(row, epoch, place) for epoch, place, row in chosen]
             batch["captions"] = torch.tensor([number_of(text) for text in texts])

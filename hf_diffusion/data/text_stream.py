@@ -106,7 +106,9 @@ class StreamingTextData(TrainingData):
         batch = {"x_0": tokens, "indices": torch.arange(first, first + len(cuts))}
         if self.class_names is None:
             return batch
-        return batch | {"labels": torch.tensor([label for _, label in cuts], dtype=torch.int64)}
+        labels = [label for _, label in cuts]
+        numbers = labels if self.renumbered is None else self.renumbered[labels]
+        return batch | {"labels": torch.as_tensor(numbers, dtype=torch.int64)}
 
     def _endless(self, position: int) -> Iterator[Cut]:
         """Epoch after epoch, from a place in the whole on."""

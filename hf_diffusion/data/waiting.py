@@ -8,6 +8,7 @@ import itertools
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 
 import torch
 from accelerate import Accelerator, PartialState
@@ -15,6 +16,9 @@ from accelerate import Accelerator, PartialState
 
 # Seconds between two looks, and between two lines that tell of the wait.
 PAUSE, TELLING = 0.2, 60.0
+# At a barrier, where the others wait while the first draws samples or the card's pictures, or one
+# its last part of many.
+LONGEST_WAIT = timedelta(hours=2)
 # All processes come to the same places in the same order.
 _places = itertools.count()
 

@@ -10,6 +10,7 @@ from diffusers import DiffusionPipeline
 
 from hf_diffusion.config.options import UsageError
 from hf_diffusion.data.protocol import TrainingData
+from hf_diffusion.data.waiting import LONGEST_WAIT
 from hf_diffusion.environment import environment
 from hf_diffusion.evaluation.image_files import FileImages, is_image_source, load_image_files
 from hf_diffusion.evaluation.inputs import (
@@ -27,6 +28,7 @@ from hf_diffusion.evaluation.options import EvaluationOptions
 from hf_diffusion.evaluation.report import write_metrics
 from hf_diffusion.evaluation.sample_store import Samples, draw_two, sample_images
 from hf_diffusion.evaluation.sweep import SweptPipeline
+from hf_diffusion.files import remove_partials
 from hf_diffusion.sampling.drawing import check_call, choose_labels
 
 
@@ -70,7 +72,9 @@ def evaluate(options: EvaluationOptions) -> Report:
     ValueError, before anything is drawn, for what cannot be measured or sampled.
     """
     # The first one decides the device and the processes for all that ask for it later.
-    state = PartialState(cpu=options.device == "cpu")
+    state = PartialState(cpu=options.device == "cpu", timeout=LONGEST_WAIT)
+    if state.is_main_process:
+        remove_partials(options.output_dir)
     options = replace(options, device=options.device or str(state.device))
     if is_image_source(options.pipeline):
         return evaluate_file(options, load_image_files(Path(options.pipeline)))

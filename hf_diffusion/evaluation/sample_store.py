@@ -84,7 +84,7 @@ def sample_images(
     digest = hashlib.sha256(json.dumps(protocol, sort_keys=True).encode()).hexdigest()[:16]
     target = Path(folder) / f"samples-{digest}"
     if state.is_main_process:
-        remove_partials(target, target.parent.parent)
+        remove_partials(target)
         write_whole(target / "protocol.json", json.dumps(protocol, indent=2))
     state.wait_for_everyone()
     bounds = [(start, min(start + chunk_size, len(seeds))) for start in range(0, len(seeds), chunk_size)]

@@ -10,7 +10,6 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +24,7 @@ from hf_diffusion.config.publishing import STARTED_AS
 from hf_diffusion.config.run_options import TrainingConfig
 from hf_diffusion.data.loading import load_data
 from hf_diffusion.data.protocol import TrainingData
-from hf_diffusion.data.waiting import main_first
+from hf_diffusion.data.waiting import LONGEST_WAIT, main_first
 from hf_diffusion.loop.dry_run import dry_run
 from hf_diffusion.loop.engines import check_engine, take_launch_settings
 from hf_diffusion.loop.finish import train_and_share
@@ -35,9 +34,6 @@ from hf_diffusion.loop.sharing import prepare_sharing
 from hf_diffusion.loop.trainer import Trainer
 
 
-# At a barrier, where the others wait while the first draws samples or the card's pictures; torch
-# would give up after 10 minutes.
-LONGEST_WAIT = timedelta(hours=2)
 Build = Callable[[Any, Accelerator, TrainingData], Trainer]
 
 

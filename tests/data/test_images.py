@@ -234,11 +234,13 @@ def test_an_index_outside_of_the_set_is_refused(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_data_set_of_the_hub_is_loaded_and_streamed_and_a_missing_one_is_explained(tmp_path, hub):
+def test_data_of_the_hub_are_loaded_streamed_and_found_without_it_and_what_is_missing_is_explained(tmp_path, hub):
     parquet = labelled_parquet(tmp_path / "train.parquet", [1, 0, 1], datasets.ClassLabel(names=["oak", "ash tree"]))
     client = f"""
-import datasets, huggingface_hub
+import io
+import datasets, huggingface_hub, torch
 from hf_diffusion.data.images import load_images
+from hf_diffusion.data.loading import load_data
 datasets.config.USE_PARQUET_EXPORT = False  # the test server has no such host
 hub = huggingface_hub.HfApi()
 hub.create_repo("alice/trees", repo_type="dataset")
@@ -248,10 +250,21 @@ data = load_images("alice/trees")
 assert data.class_names == ["oak", "ash tree"] and data.labels.tolist() == [1, 0, 1], data.describe()
 batch = next(load_images("alice/trees", streaming=True).stream(0, batch_size=3))
 assert sorted(batch["labels"].tolist()) == [0, 1, 1], batch
+for part in range(2):
+    file = io.BytesIO()
+    datasets.Dataset.from_dict({{"text": [f"text {{part}} of it"] * 8}}).to_parquet(file)
+    hub.create_repo("alice/texts", repo_type="dataset", exist_ok=True)
+    hub.upload_file(path_or_fileobj=file.getvalue(), path_in_repo=f"data/train-0000{{part}}-of-00002.parquet",
+                    repo_id="alice/texts", repo_type="dataset")
+texts = load_data("alice/texts", tokenizer="chars", sequence_length=12, streaming=True, split="train[2:]")
+said = "".join(texts.tokenizer.batch_decode(torch.cat([batch["x_0"] for batch in texts.once(4)])))
+assert said.count("text 0") == 6 and said.count("text 1") == 8, said
 try:
     load_images("alice/none")
 except ValueError as error:
     print(error)
+huggingface_hub.constants.ENDPOINT = "http://127.0.0.1:1"  # nobody is there, and the cache has it
+assert load_images("alice/trees").fingerprint == data.fingerprint
 """
     environment = {**os.environ, **hub.env("hf_alice_write", home=str(tmp_path / "home"))}
     environment |= {"HF_UPDATE_DOWNLOAD_COUNTS": "0", "PYTHONPATH": str(Path(__file__).parents[2])}

@@ -87,6 +87,17 @@ def test_a_stream_needs_class_names(tmp_path):
     assert load_images(train_data_dir=path, streaming=True, label_column="none").class_names is None
 
 
+def test_classes_that_are_numbered_anew_are_so_in_the_batches():
+    stream, data = (load_images("digits", streaming=way, max_train_samples=20) for way in (True, False))
+    before = next(stream.stream(0, batch_size=20))["labels"]
+    names = [*reversed(data.class_names), "another"]
+    for _ in range(2):
+        stream.use_classes(names)
+        after = next(stream.stream(0, batch_size=20))["labels"]
+        assert [names[label] for label in after] == [data.class_names[label] for label in before]
+        names = [names[-1], *names[:-1]]
+
+
 def test_what_is_held_out_of_a_stream_is_kept_and_shares_no_row_with_the_training():
     arguments = {"dataset_name": "digits", "streaming": True, "split": "train[:90%]"}
     data = load_images(**arguments)

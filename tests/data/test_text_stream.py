@@ -139,6 +139,10 @@ def test_classes_go_with_their_texts_and_must_be_known_before(tmp_path):
     for batch in batches(data, 0, 2):
         for ids, label in zip(batch["x_0"], batch["labels"]):
             assert set(data.tokenizer.decode(ids)) == set("aB"[label])
+    data.use_classes(["new", "high", "low"])
+    batch = batches(data, 0, 1)[0]
+    assert set(batch["labels"].tolist()) <= {1, 2} and data.class_names == ["new", "high", "low"]
+    assert all(set(data.tokenizer.decode(ids)) == {" Ba"[label]} for ids, label in zip(batch["x_0"], batch["labels"]))
     datasets.Dataset.from_dict({"text": ["a"], "label": ["low"]}).to_parquet(tmp_path / "names.parquet")
     with pytest.raises(ValueError, match="classes are unknown before the stream was read"):
         load(tmp_path / "names.parquet", label_column=None)

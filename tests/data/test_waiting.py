@@ -6,6 +6,7 @@ from tests import waiting_processes
 from tests.launching import forked, free_port
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ending", ["ends", "fails"])
 def test_others_outwait_a_barrier_tell_of_it_and_end_with_a_first_one_that_fails(tmp_path, ending):
     port, logs = str(free_port()), [tmp_path / "0", tmp_path / "1"]

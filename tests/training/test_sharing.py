@@ -63,6 +63,7 @@ def test_a_run_that_is_stopped_goes_on_from_the_hub_on_another_machine_bit_for_b
     assert_same_weights(loaded.unet.state_dict(), weights(tmp_path / "whole"))
 
 
+@pytest.mark.slow
 def test_what_a_run_has_chosen_itself_goes_on_from_the_hub_too(api, tmp_path, monkeypatch, capsys):
     repo, pictures = "alice/chooses", tmp_path / "pictures"
     png_folder(pictures)
