@@ -1,6 +1,6 @@
 """Augmentation that does not leak into samples: the network is told what was done to each image.
 
-The geometric transformations of EDM, arXiv:2206.00364, appendix F.2: flips, scaling, rotation,
+The geometric transformations of EDM, arXiv:2206.00364, appendix F.2: mirroring, scaling, rotation,
 uneven scaling and translation, each with the same probability. Told that nothing was done, the
 network draws images as they are. Shapes: B images (C, H, W) in [-1, 1].
 """
@@ -17,8 +17,8 @@ from hf_diffusion.losses.objective import Loss, Objective, Values
 from hf_diffusion.randomness import Draw, FixedDraw
 
 
-# What the network is told: two flips, the scale, two numbers each of the rotation, of the uneven
-# scaling and of the translation.
+# What the network is told: two mirrorings, the scale, and two numbers each of the rotation, of the
+# uneven scaling and of the translation.
 AUGMENT_DIM = 9
 # Standard deviations: of a scale in octaves, of a translation in sides of the image.
 OCTAVES, SIDES = 0.2, 0.125
@@ -31,7 +31,7 @@ class AugmentationOptions:
     # 0.12 is EDM's for CIFAR-10; sets of many images do without.
     augment_probability: float = option(
         0.0,
-        "for small sets: probability of each of six transformations of an image (flips, scalings, rotation, "
+        "for small sets: probability of each of six transformations of an image (mirroring, scalings, rotation, "
         "translation), which the network is told, so that samples do not show them; such as 0.12",
         group="method",
         at_least=0,
@@ -65,7 +65,7 @@ class Transformation:
         return torch.stack(parts, dim=1)
 
     def is_geometric(self) -> Tensor:
-        """Whether more than flips are done (B,)."""
+        """Whether more than mirroring is done (B,)."""
         return (self.octaves != 0) | (self.angle != 0) | (self.uneven != 0) | (self.shift_x != 0) | (self.shift_y != 0)
 
     def inverse(self, height: int, width: int) -> Tensor:

@@ -130,7 +130,7 @@ def test_held_out_images_that_are_trained_on_are_refused_and_classes_keep_their_
         load_unaugmented(asked, data, "train[50%:]")
     for split in ("train", "train[60%:]"):
         streamed = {**asked, "split": split, "streaming": True}
-        with pytest.raises(ValueError, match=r"split 'train\[50%:\]' shares [23] of its 3 samples with the training"):
+        with pytest.raises(ValueError, match=r"split 'train\[50%:\]' shares rows with the training"):
             load_unaugmented(streamed, load_data(**streamed), "train[50%:]")
     asked["split"] = "train[:50%]"
     assert len(load_unaugmented(asked, load_data(**asked), "train[50%:]")) == 3

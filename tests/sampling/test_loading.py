@@ -53,7 +53,7 @@ def test_a_preconditioned_network_is_sampled_by_schedulers_of_its_own_kind(name)
 def test_a_family_without_other_schedulers_says_what_it_samples_by():
     pipeline = make_flow()
     with pytest.raises(UsageError, match="leave it out, FlowMatchingPipeline samples by --num_inference_steps, --set "
-                       "solver=euler or heun, --guidance_scale, --set guidance_interval="):  # fmt: skip
+                       "solver=euler or heun, --guidance_scale, --guidance_interval"):  # fmt: skip
         replace_scheduler(pipeline.scheduler, "unipc", None, ways_of_its_own(pipeline))
 
 
