@@ -113,6 +113,7 @@ def table(found: dict[str, list[dict]]) -> str:
 def figure(found: dict[str, list[dict]], path: Path) -> None:
     """Distance against calls of the network, a line a solver."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import NullLocator
 
     drawing = Figure(figsize=(8, 4.8), dpi=130, layout="constrained")
     axes = drawing.subplots()
@@ -124,8 +125,9 @@ def figure(found: dict[str, list[dict]], path: Path) -> None:
         axes.errorbar(calls, distances, errors, marker="os^DvPX"[number % 7], linewidth=1.3, capsize=2, label=label)
     axes.set(xscale="log", yscale="log", xlabel="calls of the network for a sample")
     axes.set_xticks([10, 20, 50], ["10", "20", "50"])
-    axes.minorticks_off()
+    axes.xaxis.set_minor_locator(NullLocator())
     axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter("{x:g}")
     axes.set_ylabel("Frechet distance, lower is better")
     axes.legend(frameon=False, fontsize=8)
     partial = path.with_suffix(".partial.png")
