@@ -277,6 +277,28 @@ def test_the_adaptive_solver_is_as_exact_as_asked_and_heuns_method_of_order_two(
     torch.testing.assert_close(back, x, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("name", ["vp", "subvp"])
+def test_few_steps_along_the_flow_are_short_where_the_signal_rises_above_the_noise(name, monkeypatch):
+    scheduler = SCHEDULERS[name]
+
+    def last_rise() -> float:
+        """Of the logarithm of the signal-to-noise ratio, over the last of ten steps."""
+        times = []
+
+        def velocity(x: Tensor, t: Tensor, rows: Tensor) -> Tensor:
+            times.append(t[0])
+            return torch.zeros_like(x)
+
+        scheduler.solve_flow(velocity, torch.zeros(1, 2), 10)
+        assert float(times[0]) == 1 and float(times[-1]) == pytest.approx(scheduler.sampling_eps)
+        scale, std = scheduler.sde.scale_and_std(torch.stack(times[-2:]))
+        return float((2 * (scale / std).log()).diff())
+
+    chosen = last_rise()
+    monkeypatch.setattr(type(scheduler), "flow_power", 1)
+    assert 3 * chosen < last_rise(), (chosen, last_rise())
+
+
 def swirl(x: Tensor, t: Tensor, rows: Tensor) -> Tensor:
     return torch.stack([x[:, 1] * (1 + t), -x[:, 0] + (5 * t).sin() * x[:, 1] ** 2], dim=1)
 
