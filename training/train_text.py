@@ -107,7 +107,7 @@ class TextConfig(TokenOptions, ClassOptions, TrainingConfig, TextDataOptions):
 
     def auto_settings(self, circumstances: Circumstances) -> dict[str, Choice]:
         """The network and the batch of the recipe on a CPU, larger ones on a GPU."""
-        on_cpu, has_bf16 = circumstances.on_cpu, circumstances.bf16
+        on_cpu = circumstances.on_cpu
         width, layers, batch, rate = (128, 4, 32, 2e-3) if on_cpu else (512, 8, 128, 5e-4)
         size = {"hidden_size": width, "num_layers": layers, "num_attention_heads": width // 32}
         each = -(-min(batch, circumstances.samples or batch) // circumstances.processes)
@@ -115,8 +115,10 @@ class TextConfig(TokenOptions, ClassOptions, TrainingConfig, TextDataOptions):
         chosen = {"network": Choice(size, f"a size {reason}"), **super().auto_settings(circumstances)}
         steps = {"train_batch_size": each, "learning_rate": rate, "ema_max_decay": 0.995 if on_cpu else 0.999}
         chosen["training"] = Choice(steps, f"a batch and a rate {reason}")
-        if has_bf16 and not on_cpu:
-            chosen["arithmetic"] = Choice({"mixed_precision": "bf16"}, "this GPU multiplies bf16")
+        if circumstances.bf16:
+            chosen["arithmetic"] = Choice(
+                {"mixed_precision": "bf16"}, f"this {'CPU' if on_cpu else 'GPU'} multiplies bf16"
+            )
         return chosen
 
     def settle(self, sample_shape: tuple[int, ...]) -> None:

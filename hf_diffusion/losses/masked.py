@@ -40,13 +40,22 @@ def per_token(losses: Tensor, counted: Tensor | None = None) -> Tensor:
     return losses.mean() if counted is None else (losses * counted).sum() / counted.sum()
 
 
+def without_mask(scheduler: Any, logits: Tensor) -> Tensor:
+    """Logits (B, L, V) of x_0, which holds no mask."""
+    mask = torch.arange(logits.shape[-1], device=logits.device) == scheduler.mask_token_id
+    return logits.masked_fill(mask, -math.inf)
+
+
 def masked_loss(scheduler: Any, logits: Tensor, x_0: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
     """The bound of MDLM in continuous time: cross entropy of masked tokens by `loss_weight`."""
-    is_masked = x_t == scheduler.mask_token_id
-    mask = torch.arange(logits.shape[-1], device=logits.device) == scheduler.mask_token_id
     # as `x_0_log_probs`, without its probabilities of what is known, which cost nothing
-    found = cross_entropy(logits.masked_fill(mask, -math.inf), x_0)
-    return over_tokens(scheduler.loss_weight(t), found).to(found) * torch.where(is_masked, found, 0.0)
+    return of_masked(scheduler, cross_entropy(without_mask(scheduler, logits), x_0), x_t, t)
+
+
+def of_masked(scheduler: Any, entropies: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
+    """`masked_loss` of the cross entropies (B, L) of all tokens."""
+    weight = over_tokens(scheduler.loss_weight(t), entropies).to(entropies)
+    return weight * torch.where(x_t == scheduler.mask_token_id, entropies, 0.0)
 
 
 def discrete_masked_loss(scheduler: Any, log_p: Tensor, x_0: Tensor, x_t: Tensor, t: Tensor, steps: int) -> Tensor:

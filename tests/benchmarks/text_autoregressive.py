@@ -3,14 +3,15 @@ r"""What a diffusion language model is measured against: an autoregressive one o
     python -m tests.benchmarks.text_autoregressive --config shakespeare_mdlm.yaml \
         --train_data_dir tiny_shakespeare.txt
 
-The settings are those of train_text.py, and so are the network, the batches, the optimizer, the
-average and the held-out sequences. The first token is predicted from the mask.
+The settings are those of train_text.py, and so are the network, the batches, the precision, the
+optimizer, the average and the held-out sequences. The first token is predicted from the mask.
 """
 
 import time
 
 import torch
 import torch.nn.functional as F
+from accelerate import Accelerator
 from diffusers.training_utils import EMAModel
 from torch import Tensor
 
@@ -19,6 +20,8 @@ from hf_diffusion.data.loading import load_data
 from hf_diffusion.data.splits import load_unaugmented
 from hf_diffusion.evaluation.likelihood import mean_and_standard_error
 from hf_diffusion.loop.learning_rate import lr_factor
+from hf_diffusion.loop.start import start
+from hf_diffusion.loop.update import OPTIMIZERS
 from hf_diffusion.losses.tokens import mean_bits
 from hf_diffusion.models.transformer_tokens import TokenAttention, TokenTransformerModel
 from hf_diffusion.randomness import BatchOrder
@@ -32,17 +35,18 @@ class CausalAttention(TokenAttention):
         return F.scaled_dot_product_attention(q, k, v, is_causal=True)
 
 
-def losses(network: TokenTransformerModel, x_0: Tensor, start: int) -> Tensor:
+def losses(accelerator: Accelerator, network: TokenTransformerModel, x_0: Tensor, first: int) -> Tensor:
     """-log p(x_0) of each token (B, L), in nats."""
-    shifted = torch.cat([torch.full_like(x_0[:, :1], start), x_0[:, :-1]], dim=1)
-    logits = network(shifted, return_dict=False)[0].float()
+    shifted = torch.cat([torch.full_like(x_0[:, :1], first), x_0[:, :-1]], dim=1)
+    with accelerator.autocast():
+        logits = network(shifted, return_dict=False)[0].float()
     return F.cross_entropy(logits.movedim(-1, 1), x_0, reduction="none")
 
 
 def main() -> None:
     """Train, measure, and print bits per character with the CPU seconds of the training."""
     config = parse_config(TextConfig, prog="text_autoregressive")
-    data = load_data(**config.data_arguments())
+    accelerator, data = start(config), load_data(**config.data_arguments())
     held_out = load_unaugmented(config.data_arguments(), data, config.eval_split)
     torch.manual_seed(config.seed)
     network = TokenTransformerModel(
@@ -52,13 +56,13 @@ def main() -> None:
         block.attention.__class__ = CausalAttention
     average = EMAModel(network.parameters(), config.ema_max_decay, use_ema_warmup=True, inv_gamma=1.0, power=0.75)
     betas = config.adam_beta1, config.adam_beta2
-    optimizer = torch.optim.AdamW(network.parameters(), config.learning_rate, betas, weight_decay=0.0, fused=True)
+    optimizer = OPTIMIZERS[config.optimizer](network, lr=config.learning_rate, betas=betas, weight_decay=0.0)
     order, mask = BatchOrder(len(data), config.seed, config.train_batch_size, 1, 0, 1), data.tokenizer.mask_token_id
     steps, began = config.total_steps(len(data), 1), time.process_time()
     for step, batch in enumerate(data.batches(order, 0, steps)):
         for group in optimizer.param_groups:
             group["lr"] = config.learning_rate * lr_factor(step, steps, config.lr_scheduler, None, None)
-        losses(network, batch["x_0"], mask).mean().backward()
+        losses(accelerator, network, batch["x_0"], mask).mean().backward()
         torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
@@ -69,7 +73,8 @@ def main() -> None:
     average.copy_to(network.parameters())
     with torch.no_grad():
         found = [
-            mean_bits(losses(network.eval(), batch["x_0"], mask)) for batch in held_out.once(config.eval_batch_size)
+            mean_bits(losses(accelerator, network.eval(), batch["x_0"], mask))
+            for batch in held_out.once(config.eval_batch_size)
         ]
     bits, error = mean_and_standard_error(torch.cat(found))
     parameters = sum(p.numel() for p in network.parameters())
