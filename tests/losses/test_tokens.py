@@ -118,6 +118,26 @@ def test_every_objective_of_every_noise_has_its_loss_and_a_bound(noise, objectiv
     assert options.is_told_time == (noise == "uniform" or objective != "continuous")
 
 
+def test_in_continuous_time_the_cross_entropy_of_all_tokens_is_added_and_the_bound_stays():
+    torch.manual_seed(0)
+    network = TokenTransformerModel(8, 6, 8, 1, 2)
+    torch.nn.init.normal_(network.linear_out.weight)
+    batch, seen = {"x_0": torch.arange(24).reshape(4, 6) % 7}, {}
+    network.register_forward_hook(lambda layer, given, output: seen.update(logits=output[0]))
+
+    def values(weight: float | None) -> dict[str, Tensor]:
+        options = TokenOptions(cross_entropy_weight=weight)
+        trained = TokenObjective(options.process(8, 7), network, options, 1e-3)
+        return trained.values(network, batch, Draw(0, 0, slice(0, 4), 4, torch.device("cpu")))
+
+    published, ours = values(None), values(2.0)
+    # the mask is no answer
+    log_p = seen["logits"][..., :7].log_softmax(dim=-1)
+    of_all = nll(log_p, batch["x_0"]).mean(1) / math.log(2)
+    torch.testing.assert_close(ours["loss"], published["loss"] + 2 * of_all)
+    assert torch.equal(ours["bits_per_token"], published["bits_per_token"])
+
+
 def test_held_out_texts_keep_their_classes_and_see_every_level():
     options = TokenOptions(label_dropout=0.999)
     torch.manual_seed(0)

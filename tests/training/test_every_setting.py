@@ -405,6 +405,7 @@ def test_both_networks_play_for_the_divergence(divergence, monkeypatch):
 def test_the_start_takes_precision_and_trackers_from_the_settings(tmp_path):
     usual = start(config_of("ddpm", output_dir=str(tmp_path / "usual")))
     assert (usual.mixed_precision, usual.log_with, torch.backends.cuda.matmul.allow_tf32) == ("no", [], False)
+    assert torch.backends.cuda.flash_sdp_enabled()
     usual.free_memory()
     Accelerator().state._reset_state(reset_partial_state=True)
     changes = {"mixed_precision": "bf16", "report_to": ("tensorboard",), "allow_tf32": True}
@@ -412,8 +413,12 @@ def test_the_start_takes_precision_and_trackers_from_the_settings(tmp_path):
     try:
         assert changed.mixed_precision == "bf16" and [str(t) for t in changed.log_with] == ["tensorboard"]
         assert torch.backends.cuda.matmul.allow_tf32 and torch.backends.cudnn.allow_tf32
+        # in bfloat16 a CPU is faster by plain products
+        assert torch.backends.cuda.flash_sdp_enabled() == (changed.device.type != "cpu")
     finally:
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+        torch.backends.cuda.enable_flash_sdp(True)
+        torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(False)
 
 
 @pytest.mark.parametrize("script", EVERY)
