@@ -48,8 +48,8 @@ class TextConfig(TokenOptions, ClassOptions, TrainingConfig, TextDataOptions):
     # Of the network's size, and small where it is trained already.
     learning_rate: float | None = option(
         None,
-        f"highest learning rate; none takes 1e-3 up to a hidden_size of {SMALL_WIDTH}, 3e-4 above, and 5e-5 with "
-        "init_from",
+        f"highest learning rate; none takes 1e-3 (muon 4e-3) up to a hidden_size of {SMALL_WIDTH}, 3e-4 above, and "
+        "5e-5 with init_from",
         above=0,
         group="optimization",
     )
@@ -106,15 +106,18 @@ class TextConfig(TokenOptions, ClassOptions, TrainingConfig, TextDataOptions):
         return {**super().preset_settings(sample_shape), **sizes}
 
     def auto_settings(self, circumstances: Circumstances) -> dict[str, Choice]:
-        """The network and the batch of the recipe on a CPU, larger ones on a GPU."""
+        """The network and the training of the recipe on a CPU, larger ones on a GPU."""
         on_cpu = circumstances.on_cpu
-        width, layers, batch, rate = (128, 4, 32, 2e-3) if on_cpu else (512, 8, 128, 5e-4)
+        width, layers, batch = (128, 4, 32) if on_cpu else (512, 8, 128)
         size = {"hidden_size": width, "num_layers": layers, "num_attention_heads": width // 32}
         each = -(-min(batch, circumstances.samples or batch) // circumstances.processes)
         reason = "of the recipe for a CPU" if on_cpu else "that a GPU trains well"
         chosen = {"network": Choice(size, f"a size {reason}"), **super().auto_settings(circumstances)}
-        steps = {"train_batch_size": each, "learning_rate": rate, "ema_max_decay": 0.995 if on_cpu else 0.999}
-        chosen["training"] = Choice(steps, f"a batch and a rate {reason}")
+        steps = {"train_batch_size": each, "ema_max_decay": 0.995 if on_cpu else 0.999}
+        if on_cpu and self.init_from is None:
+            # not measured on a GPU
+            steps |= {"optimizer": "muon"} | ({} if self.noise == "uniform" else {"cross_entropy_weight": 3.0})
+        chosen["training"] = Choice(steps, f"a batch {reason}")
         if circumstances.bf16:
             chosen["arithmetic"] = Choice(
                 {"mixed_precision": "bf16"}, f"this {'CPU' if on_cpu else 'GPU'} multiplies bf16"
@@ -125,7 +128,8 @@ class TextConfig(TokenOptions, ClassOptions, TrainingConfig, TextDataOptions):
         is_given = self.learning_rate is not None
         super().settle(sample_shape)
         if not is_given:
-            of_size = 1e-3 if self.hidden_size <= SMALL_WIDTH else 3e-4
+            of_small = 4e-3 if self.optimizer == "muon" else 1e-3
+            of_size = of_small if self.hidden_size <= SMALL_WIDTH else 3e-4
             self.learning_rate = of_size if self.init_from is None else 5e-5
 
     def data_arguments(self) -> dict[str, Any]:

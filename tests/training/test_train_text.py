@@ -271,6 +271,7 @@ def test_a_dry_run_tells_counts_vocabulary_and_an_excerpt(text, tmp_path, capsys
     [
         ({}, 1e-3, 256),
         ({"hidden_size": 512}, 3e-4, 512),
+        ({"optimizer": "muon"}, 4e-3, 256),
         ({"init_from": "somewhere"}, 5e-5, 256),
         ({"learning_rate": 0.1, "preset": "standard"}, 0.1, 512),
         ({"preset": "fast"}, 1e-3, 128),
@@ -282,16 +283,20 @@ def test_rate_and_size_go_by_the_preset_and_by_the_start(given, rate, width):
     assert (config.learning_rate, config.hidden_size) == (rate, width)
 
 
-@pytest.mark.parametrize("device, width, batch, precision", [("cpu", 128, 32, "no"), ("cuda", 512, 64, "bf16")])
-def test_auto_takes_a_network_and_a_batch_for_text_by_the_device(device, width, batch, precision):
-    config = train_text.TextConfig(data=__file__, max_train_steps=1)
+@pytest.mark.parametrize(
+    "device, start, expected",
+    [("cpu", None, (128, 32, "muon")), ("cpu", "a", (128, 32, None)), ("cuda", None, (512, 64, None))],
+)
+def test_auto_takes_a_network_and_a_batch_for_text_by_the_device(device, start, expected):
+    config = train_text.TextConfig(data=__file__, max_train_steps=1, init_from=start)
     config.validate()
     assert (config.train_data_dir, config.data) == (__file__, None)
     found = Circumstances((64,), 1000, 0, None, device, 2, bf16=True, processes=2 if device == "cuda" else 1)
     chosen = {}
     for choice in config.auto_settings(found).values():
         chosen |= choice.settings
-    assert (chosen["hidden_size"], chosen["train_batch_size"], chosen["mixed_precision"]) == (width, batch, precision)
+    assert (chosen["hidden_size"], chosen["train_batch_size"], chosen.get("optimizer")) == expected
+    assert chosen["mixed_precision"] == "bf16"
 
 
 @pytest.mark.parametrize(
