@@ -15,10 +15,11 @@ from hf_diffusion.evaluation.reference import Reference
 
 
 class Floor(NamedTuple):
-    """A measure of `count` real samples against others, with its standard error where it has one."""
+    """A measure of `count` real samples against `others`, with its standard error where it has one."""
 
     value: float
     count: int
+    others: int
     error: float | None = None
 
 
@@ -33,14 +34,15 @@ def floors(reference: Reference, count: int, metrics: Iterable[str]) -> dict[str
     n = min(count, len(kept), reference.count // 2)
     half = min(count, len(kept) // 2)
     if "fd" in metrics and n > kept.shape[1]:
-        found["fd"] = Floor(_frechet_of_part(reference, kept[:n]), n)
+        found["fd"] = Floor(_frechet_of_part(reference, kept[:n]), n, reference.count - n)
     if "kd" in metrics and half >= LEAST_FOR_KD:
         value, error = kernel_distance(kept[half : 2 * half], kept[:half])
-        found["kd"] = Floor(value, half, error)
+        found["kd"] = Floor(value, half, half, error)
     half = min(half, PR_SAMPLES)
     if "pr" in metrics and half > PR_NEIGHBOURS:
-        precision, recall = precision_recall(kept[half : half + PR_SAMPLES], kept[:half])
-        found |= {"precision": Floor(precision, half), "recall": Floor(recall, half)}
+        others = kept[half : half + PR_SAMPLES]
+        precision, recall = precision_recall(others, kept[:half])
+        found |= {"precision": Floor(precision, half, len(others)), "recall": Floor(recall, half, len(others))}
     return found
 
 

@@ -67,9 +67,9 @@ def named(result: dict[str, Any]) -> list[str]:
 
 
 def floor_text(floor: dict[str, Any]) -> str:
-    """The value of a `Floor` as a protocol holds it, with its error and N."""
+    """The value of a `Floor` as a protocol holds it, with its error and both numbers."""
     shown = with_error(Measure("", floor["value"], floor["error"], better="lower"))
-    return f"{shown} (N {floor['count']:,})"
+    return f"{shown} ({floor['count']:,} against {floor['others']:,} others)"
 
 
 def spoken(name: str) -> str:

@@ -26,7 +26,7 @@ def test_the_distance_of_a_part_is_that_to_all_others_and_no_sample_is_on_both_s
     part.add(features[:200])
     others.add(features[200:])
     expected = frechet_distance(part.mean_and_covariance(), others.mean_and_covariance())
-    assert found.count == 200 and found.value == pytest.approx(expected, rel=1e-9)
+    assert (found.count, found.others) == (200, 700) and found.value == pytest.approx(expected, rel=1e-9)
 
 
 def test_few_samples_in_many_features_have_a_large_distance_and_no_kernel_distance():
