@@ -15,7 +15,7 @@ from hf_diffusion.evaluation.reference import Reference
 
 
 class Floor(NamedTuple):
-    """A measure of `count` real samples against `others`, with its standard error where it has one."""
+    """A measure of `count` real samples against `others`, with its standard error if it has one."""
 
     value: float
     count: int

@@ -114,8 +114,8 @@ def check_engine(accelerator: Accelerator, config: TrainingConfig) -> None:
         )
     if captures_graphs(config) and parallelism(accelerator) != DATA_PARALLEL:
         raise ValueError(
-            f"compile_mode {compile_options(config)['mode']} captures CUDA graphs, whose memory must stay where it is, "
-            f"and {parallelism(accelerator)} moves it; give default, or train without it"
+            f"compile_mode {compile_options(config)['mode']} captures CUDA graphs, whose memory must stay where it "
+            f"is, and {parallelism(accelerator)} moves it; give default, or train without it"
         )
     if config.optimizer == "muon" and parallelism(accelerator) != DATA_PARALLEL:
         raise ValueError(

@@ -15,8 +15,8 @@ from sklearn.datasets import load_digits
 from hf_diffusion.data import columns as data_columns
 from hf_diffusion.data.image_data import ImageData
 from hf_diffusion.data.images import load_images
-from hf_diffusion.data.selection import evenly_spaced, shown_rows
 from hf_diffusion.data.pixels import from_network_range
+from hf_diffusion.data.selection import evenly_spaced, shown_rows
 from tests.data.making import folder_of, labelled_parquet, noise_image, parquet_of, png, same
 
 

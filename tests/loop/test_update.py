@@ -92,7 +92,7 @@ def test_an_update_is_adams_step_along_the_mean_gradient_of_all_micro_batches():
 
 
 class Graphs:
-    """Stands for captured CUDA graphs: what they leave in their memory is lost when a step begins."""
+    """Stands for captured CUDA graphs: what they leave in memory is lost when a step begins."""
 
     def __init__(self):
         self.memory, self.modes, self.begun = [], [], 0
