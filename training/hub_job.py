@@ -30,6 +30,7 @@ from pathlib import Path
 
 import psutil
 
+from hf_diffusion.config.closed_output import ending_with_its_reader
 from hf_diffusion.hub.errors import PushError
 from hf_diffusion.hub.outbox import pending, push_pending
 
@@ -44,6 +45,7 @@ MARGIN, SHARE = 3.0, 0.1
 LENGTHS = {"--max_train_steps", "--num_epochs", "--config"}
 
 
+@ending_with_its_reader()
 def main(argv: Sequence[str] | None = None) -> int:
     """Train to the end or the limit; 0, NOT_FINISHED, or the status of a training that failed."""
     own, words = parse(argv)

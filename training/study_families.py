@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from hf_diffusion.config.closed_output import ending_with_its_reader
 from hf_diffusion.training.study_fashion_mnist import launch
 
 
@@ -147,6 +148,7 @@ def report(folder: Path) -> None:
     print(table(found) + f"written: {folder}/families.md, families.png")
 
 
+@ending_with_its_reader()
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="study_families.py", description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("action", choices=("run", "report"))

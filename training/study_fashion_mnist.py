@@ -17,6 +17,7 @@ import argparse
 import json
 import os
 import shlex
+import signal
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -24,6 +25,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import yaml
+
+from hf_diffusion.config.closed_output import ending_with_its_reader
 
 
 HERE = Path(__file__).resolve().parent
@@ -165,6 +168,9 @@ def launch(words: list[str]) -> None:
     """Run a module in a process of its own, which ends this one where it fails."""
     print(f"+ python -m {shlex.join(words)}", flush=True)
     status = subprocess.run([sys.executable, "-m", *words]).returncode
+    # its reader has gone, and is that of the study
+    if status == 128 + signal.SIGPIPE:
+        raise SystemExit(status)
     if status:
         raise SystemExit(f"this command of the study ended with status {status}: {shlex.join(words)}")
 
@@ -338,6 +344,7 @@ def report(options: argparse.Namespace) -> None:
     print(contents["study.md"] + f"written: {parent}/study.md, study.json, quality_against_time.png")
 
 
+@ending_with_its_reader()
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="study_fashion_mnist.py", description=__doc__.splitlines()[0], allow_abbrev=False

@@ -29,6 +29,7 @@ from hf_diffusion.config.shared_options import (
     UNetOptions,
 )
 from hf_diffusion.data.caption_coders import EmbeddingCoder, TokenCoder, fitting_length, load_text_encoder
+from hf_diffusion.data.captions import with_article
 from hf_diffusion.data.protocol import TrainingData
 from hf_diffusion.data.waiting import main_first
 from hf_diffusion.loop.fine_tuning import Trained, check_process, fitted, take_shape
@@ -243,7 +244,7 @@ def build(config: TextToImageConfig, accelerator: Accelerator, data: TrainingDat
     texts = {
         "text_length": coder.length,
         "id2label": names,
-        "caption_template": config.caption_template[0] if config.caption_template else "{}",
+        "caption_template": with_article(config.caption_template[0]) if config.caption_template else "{}",
         "examples": data.captions.examples(EXAMPLES),
         "vae": data.autoencoder,
         "empty_text": empty_text,

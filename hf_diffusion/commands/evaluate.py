@@ -47,7 +47,7 @@ class EvaluateCommand(EvaluationOptions, Command):
         """Print the table, draw the figures, renew the card."""
         # As in `run`; matplotlib takes a second more.
         from hf_diffusion.cards.model_card import update_card_results
-        from hf_diffusion.evaluation.report import card_results, table, with_error
+        from hf_diffusion.evaluation.report import card_results, named, table, with_error
         from hf_diffusion.evaluation.sweep_figures import breakdown_figure, sweep_figure
 
         # With their captions.
@@ -55,7 +55,7 @@ class EvaluateCommand(EvaluationOptions, Command):
         if report.of_samples:
             name = Path(self.pipeline).resolve().name
             print(table(report.of_samples))
-            print("\n".join(measure.name for measure in report.of_samples[0]["measures"].values()))
+            print("\n".join(named(report.of_samples[0])))
             title = f"{name}: {report.count:,} samples a point"
             sweep = sweep_figure(report.of_samples, self.output_dir / "sweep.png", title)
             if sweep is not None:

@@ -19,8 +19,8 @@ class CaptionOptions:
     )
     caption_template: tuple[str, ...] = option(
         (),
-        "make captions of the classes instead, such as 'a photo of a {}'; each use adds one, and an image has each "
-        "of them in turn, at random",
+        "make captions of the classes instead, such as 'a photo of a {}', which is 'an' before a vowel; each use adds "
+        "one, and an image has each of them in turn, at random; none takes back those of a file",
         repeatable=True,
         tied=None,
     )

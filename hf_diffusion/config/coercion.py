@@ -89,6 +89,9 @@ def _convert_tuple(value: Any, annotations: tuple) -> tuple:
     if not isinstance(value, (list, tuple)):
         text = str(value).strip().strip("[]()")
         value = [] if text.lower() in NOTHING else re.split(r"[,x]" if numbers else ",", text)
+    # A flag that may be repeated comes as a list.
+    elif [str(part).strip().lower() for part in value] == ["none"] and annotations[-1] is Ellipsis:
+        value = []
     if annotations[-1] is Ellipsis:
         annotations = (annotations[0],) * len(value)
     if len(value) != len(annotations):

@@ -111,7 +111,7 @@ def take_over(cls: type, values: dict[str, Any], later: dict[str, Any]) -> dict[
     kept = dict(values)
     for base in cls.__mro__:
         for alternatives in vars(base).get("alternatives", ()):
-            chosen = [names for names in alternatives if later.get(names[0]) is not None]
+            chosen = [names for names in alternatives if later.get(names[0]) not in (None, ())]
             former = [names for names in alternatives if names not in chosen and kept.get(names[0]) is not None]
             if len(chosen) == 1 and former:
                 others = {name for names in former for name in names}

@@ -16,6 +16,9 @@ from hf_diffusion.config.preset import Choice, Circumstances
 
 # Each says how long to train; one of them is given.
 LENGTHS = ("max_train_steps", "num_epochs", "max_train_minutes")
+# The modes of torch.compile, and those that capture CUDA graphs.
+CompileMode = Literal["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"]
+CAPTURING = ("reduce-overhead", "max-autotune")
 # Images up to this side are small.
 SMALL_SIDE = 64
 
@@ -203,6 +206,11 @@ class TrainingConfig:
         None,
         "compile the network: a minute or more at the start, faster steps afterwards; none goes by the dynamo_backend "
         "of accelerate launch",
+    )
+    compile_mode: CompileMode | None = option(
+        None,
+        "mode of torch.compile; reduce-overhead and max-autotune capture CUDA graphs, which saves the launches of "
+        "small networks; none goes by accelerate launch, or else default",
     )
     channels_last: bool = option(
         False, "store images channel by channel last: for GPUs with half precision; slower on CPUs"

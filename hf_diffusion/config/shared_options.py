@@ -81,7 +81,11 @@ class DataOptions:
     # Off, since mirrored digits, letters and medical images are wrong images; recipes for
     # photographs turn it on.
     random_flip: bool = option(False, "mirror half of the images, chosen anew in each epoch", often=True)
-    max_train_samples: int | None = option(None, "use only so many images", at_least=1)
+    max_train_samples: int | None = option(
+        None,
+        "use only so many images, spread over the set so that they show its classes; of a stream the first ones",
+        at_least=1,
+    )
     # A few broken files in a scraped folder are normal; many of them mean that the folder is not
     # what it was taken for.
     max_bad_images: int = option(
@@ -238,8 +242,8 @@ class MeasureOptions:
     eval_num_images: int = option(1000, "images drawn for eval_metrics, by all processes together", at_least=1)
     eval_features: str = option(
         "auto",
-        "network that images are compared in: pixels, inception, trained (a small classifier of the data), or a "
-        "file, as in hf-diffusion evaluate; auto is pixels where they are few enough, else trained",
+        "network that images are compared in: pixels, imagenet, inception, trained (a small classifier of the data), "
+        "or a file, as in hf-diffusion evaluate; auto is pixels where they are few enough, else trained",
         is_path=True,
     )
     eval_batch_size: int = option(64, "images that a process draws or measures at a time", at_least=1)

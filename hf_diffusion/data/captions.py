@@ -1,6 +1,7 @@
 """Captions of images: one or several of each, of a column or made of class names by templates."""
 
 import hashlib
+import re
 from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property
 from typing import Any, ClassVar, Protocol
@@ -18,8 +19,11 @@ from hf_diffusion.data.selection import evenly_spaced
 # Columns that are taken for captions without being asked for, the first one that is there. "txt" is
 # what webdatasets on the Hub have.
 USUAL_COLUMNS = ("text", "caption", "captions", "prompt", "txt")
-# Where a template has the name of the class.
+# Where a template has the name of the class, and an article that goes by its first letter.
 PLACE = "{}"
+ARTICLE = "(n) {}"
+# What begins with a vowel in writing only, as a unicorn does.
+SPOKEN_CONSONANTS = ("uni", "use", "usu", "eu", "one")
 SHOWN = 3
 
 
@@ -182,7 +186,18 @@ def captions_of_classes(
 def class_captions(templates: Sequence[str], class_names: Sequence[str]) -> list[list[str]]:
     """The captions of each class; ValueError for a template without the place of the name."""
     check_templates(templates)
-    return [[template.replace(PLACE, name) for template in templates] for name in class_names]
+    return [[caption_of_class(with_article(template), name) for template in templates] for name in class_names]
+
+
+def with_article(template: str) -> str:
+    """ "a {}" as "a(n) {}", which becomes "an" before a vowel."""
+    return re.sub(r"\b([aA]) \{\}", r"\1" + ARTICLE, template)
+
+
+def caption_of_class(template: str, name: str) -> str:
+    """The template with the name in its place; the pipeline writes a class in the same way."""
+    has_vowel = name[:1].lower() in tuple("aeiou") and not name.lower().startswith(SPOKEN_CONSONANTS)
+    return template.replace(ARTICLE, f"{'n' if has_vowel else ''} {PLACE}").replace(PLACE, name)
 
 
 def check_templates(templates: Sequence[str]) -> None:

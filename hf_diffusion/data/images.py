@@ -33,7 +33,7 @@ from hf_diffusion.data.columns import (
 from hf_diffusion.data.decoding import brief_name
 from hf_diffusion.data.image_data import ImageData
 from hf_diffusion.data.probing import PROBED_IMAGES, choose_transform
-from hf_diffusion.data.selection import Split, canonical_name, evenly_spaced
+from hf_diffusion.data.selection import Split, canonical_name, evenly_spaced, shown_rows
 from hf_diffusion.data.source import AnyDataset, Source
 from hf_diffusion.data.sources import open_source, part_of
 from hf_diffusion.data.streaming import StreamingImageData
@@ -80,7 +80,8 @@ def load_images(
     label_column: None takes a ClassLabel column, or an integer or string column called label or
         labels; "none" takes no labels.
     resolution: a side or (H, W); resizes with the aspect kept, then crops.
-    max_train_samples: takes evenly spaced images, of a stream the first ones.
+    max_train_samples: takes evenly spaced images, one drawn from each of so many equal parts where
+        equal steps leave classes out; of a stream the first ones.
     cache_bytes: limit of the decoded images kept in memory (None: a quarter of what is available,
         0: none).
     shuffle_buffer: rows of a stream.
@@ -117,7 +118,7 @@ def load_images(
         dataset = dataset if max_train_samples is None else dataset.take(max_train_samples)
     else:
         rows = np.arange(len(dataset)) if source.rows is None else np.array(source.rows)
-        rows = rows[evenly_spaced(len(rows), max_train_samples)]
+        rows = rows[shown_rows(len(rows), max_train_samples, None if labels is None else labels[rows])]
         dataset = dataset if len(rows) == len(dataset) else dataset.select(rows)
         labels = None if labels is None else labels[rows]
         remarks += class_remarks(labels, class_names, split)

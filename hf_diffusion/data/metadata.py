@@ -1,4 +1,4 @@
-"""What files beside images say of them: metadata.csv, .jsonl, .parquet, dataset.json, *.cls."""
+"""What files beside images say: metadata.csv, .jsonl, .parquet, dataset.json, *.cls, *.txt."""
 
 import csv
 import io
@@ -80,21 +80,32 @@ def _rows(address: str, name: str) -> list[dict[str, Any]]:
 
 
 def _add_sidecars(listing: Listing, images: Sequence[str], columns: dict[str, list]) -> list[str]:
-    """Add the labels of webdatasets: a .cls file beside each image, or "label" in a .json."""
+    """Add what webdatasets have beside each image: a label in a .cls or in "label" of a .json, and
+    in a .txt a caption, the column txt as on the Hub, None where it is missing.
+    """
     # The key of a webdataset ends at the first dot of the file's name.
     stems = [posixpath.join(posixpath.dirname(n), posixpath.basename(n).split(".")[0]) for n in images]
-    for ending, label_of in ((".cls", _text), (".json", _label_in_json)):
-        by_stem = {
+    by_stem = {
+        ending: {
             os.path.splitext(name)[0]: name
             for name in listing.others
             if name.lower().endswith(ending) and posixpath.basename(name) not in METADATA
         }
-        without = [name for name, stem in zip(images, stems) if stem not in by_stem]
+        for ending in (".cls", ".json", ".txt")
+    }
+
+    def read(ending: str, stem: str) -> bytes:
+        return read_bytes(listing.addresses[by_stem[ending][stem]])
+
+    if "txt" not in columns and any(stem in by_stem[".txt"] for stem in stems):
+        columns["txt"] = [_text(read(".txt", stem)) if stem in by_stem[".txt"] else None for stem in stems]
+    for ending, label_of in ((".cls", _text), (".json", _label_in_json)):
+        without = [name for name, stem in zip(images, stems) if stem not in by_stem[ending]]
         if "label" in columns or len(without) == len(images) or (without and ending == ".json"):
             continue
         if without:
             return [f"no classes: {counted(without, 'image')} without a .cls file"]
-        labels = [label_of(read_bytes(listing.addresses[by_stem[stem]])) for stem in stems]
+        labels = [label_of(read(ending, stem)) for stem in stems]
         if any(label is not None for label in labels):
             columns["label"] = labels
     return []

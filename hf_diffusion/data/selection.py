@@ -116,6 +116,20 @@ def canonical_name(name: str) -> str:
     return SPLIT_NAMES.get(name.lower(), name.lower())
 
 
+def shown_rows(total: int, count: int | None, labels: np.ndarray | None) -> np.ndarray:
+    """`count` rows of `total`: evenly spaced, which shows every class of a set sorted by class.
+
+    Where the classes `labels` (total,) take turns, equal steps leave some out: then one row is
+    drawn from each of `count` equal parts, the same ones on every machine.
+    """
+    rows = np.array(evenly_spaced(total, count))
+    if count is None or count >= total or labels is None or len(np.unique(labels[rows])) == len(np.unique(labels)):
+        return rows
+    ends = np.append(rows[1:], total)
+    drawn = np.random.default_rng(0).integers(rows, ends)
+    return drawn if len(np.unique(labels[drawn])) > len(np.unique(labels[rows])) else rows
+
+
 def evenly_spaced(total: int, count: int | None = None) -> list[int]:
     """Return `count` evenly spaced indices of 0..total-1; all where there are fewer, or for None.
 

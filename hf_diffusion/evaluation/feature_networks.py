@@ -1,4 +1,4 @@
-"""Networks whose features samples are compared in: Inception, a file, a classifier, raw values.
+"""Networks whose features samples are compared in: known ones, a file, a classifier, raw values.
 
 Files are TorchScript, which runs no Python of the file's author, or safetensors of an architecture
 that is known here; no pickle with code is opened. A network is named and hashed: a distance means
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from hf_diffusion.data.pixels import to_network_range
+from hf_diffusion.evaluation.imagenet import imagenet
 from hf_diffusion.evaluation.inception import inception
 from hf_diffusion.evaluation.network_files import hash_tensors, torch_script
 from hf_diffusion.files import sha256
@@ -157,28 +158,30 @@ def load_feature_network(
     - "pixels": the raw values.
     - "inception": the 2048 features of FID, from `inception_weights` (the TorchScript file
       inception-2015-12-05.pt, or weights for torch-fidelity) or by torch-fidelity's download.
+    - "imagenet": the 1,280 features of EfficientNet-Lite0, see `evaluation.imagenet`.
     - a .safetensors file of `ResNetFeatures`.
     - the folder of a saved ADMClassifier: it classifies, and its logits are the features.
     - a TorchScript module from float32 (B, *shape), images in [-1, 1], to (B, D).
 
     ValueError for what cannot be loaded or does not take such samples; ImportError where
-    torch-fidelity is missing.
+    the extra of a known network is missing.
     """
     device, shape = torch.device(device), tuple(shape)
     if spec == "pixels":
         if math.prod(shape) > MOST_PIXELS:
             raise ValueError(
                 f"features 'pixels' are meant for up to {MOST_PIXELS} values, these samples have {math.prod(shape)}; "
-                "give 'trained' where there are classes, a network's file, or 'inception'"
+                "give 'trained' where there are classes, a network's file, 'imagenet' or 'inception'"
             )
         return raw_values(shape, device)
-    if spec == "inception":
+    if spec in ("inception", "imagenet"):
         if len(shape) != 3:
             raise ValueError(
-                f"features 'inception' are those of images, and these samples have the shape {shape}; give 'pixels', "
+                f"features {spec!r} are those of images, and these samples have the shape {shape}; give 'pixels', "
                 "which are their raw values, or a network's file"
             )
-        name, digest, function, classifier = inception(inception_weights, device)
+        known = inception(inception_weights, device) if spec == "inception" else imagenet(shape, device)
+        name, digest, function, classifier = known
     else:
         name, digest, function, classifier = _from_file(Path(spec), device)
     network = FeatureNetwork(name, digest, function, 0, device, classifier, spec == "inception")
@@ -194,7 +197,7 @@ def load_classifier(
 
     See `load_feature_network`.
     """
-    if spec in ("pixels", "inception"):
+    if spec in ("pixels", "inception", "imagenet"):
         raise ValueError(f"{spec!r} is no classifier; give a file or folder")
     network = load_feature_network(spec, shape, device)
     return network if network.classifier else replace(network, classifier=network.function)
@@ -233,8 +236,8 @@ def raw_values(shape: Sequence[int], device: torch.device) -> FeatureNetwork:
 def _from_file(path: Path, device: torch.device) -> tuple:
     if not path.exists():
         raise ValueError(
-            f"the network {str(path)!r} is not there; give 'pixels', 'inception', a .safetensors or TorchScript file, "
-            "or the folder of a saved classifier"
+            f"the network {str(path)!r} is not there; give 'pixels', 'inception', 'imagenet', a .safetensors or "
+            "TorchScript file, or the folder of a saved classifier"
         )
     if path.is_dir():
         return _classifier_folder(path, device)

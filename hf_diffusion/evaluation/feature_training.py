@@ -59,8 +59,8 @@ def features_for(
         return Features(trained_network_file(data, cache_dir), reason)
     if is_large:
         raise ValueError(
-            f"{reason}, and {data.name} has no classes to train a network on; give features 'inception', a "
-            "TorchScript or .safetensors file, or the folder of a saved classifier"
+            f"{reason}, and {data.name} has no classes to train a network on; give features 'imagenet' or "
+            "'inception', a TorchScript or .safetensors file, or the folder of a saved classifier"
         )
     # What follows says how many samples it takes.
     return Features("pixels")

@@ -22,7 +22,7 @@ def inception(weights: str | os.PathLike | None, device: torch.device) -> tuple[
     if weights is not None and Path(weights).suffix == ".pt":
         net = torch_script(Path(weights), device)
         digest, name = sha256(Path(weights)), f"Inception {Path(weights).stem}"
-        return name, digest, lambda images: net(_bytes_of_three_channels(images), return_features=True), None
+        return name, digest, lambda images: net(bytes_of_three_channels(images), return_features=True), None
     try:
         # Here, since it is an extra that most do without.
         from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
@@ -40,10 +40,10 @@ def inception(weights: str | os.PathLike | None, device: torch.device) -> tuple[
     )
     net = net.to(device).eval()
     digest = hash_tensors(net.state_dict())
-    return "Inception inception-v3-compat", digest, lambda images: net(_bytes_of_three_channels(images))[0], None
+    return "Inception inception-v3-compat", digest, lambda images: net(bytes_of_three_channels(images))[0], None
 
 
-def _bytes_of_three_channels(images: Tensor) -> Tensor:
+def bytes_of_three_channels(images: Tensor) -> Tensor:
     """What both Inceptions take: uint8 (B, 3, H, W), grey repeated; they resize themselves."""
     images = from_network_range(images)
     return images[:, :3] if images.shape[1] >= 3 else images[:, :1].expand(-1, 3, -1, -1)

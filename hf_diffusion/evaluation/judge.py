@@ -10,6 +10,7 @@ from hf_diffusion.data.protocol import TrainingData
 from hf_diffusion.evaluation.distances import precision_recall
 from hf_diffusion.evaluation.feature_networks import load_classifier, load_feature_network
 from hf_diffusion.evaluation.feature_training import features_for, held_out_accuracy
+from hf_diffusion.evaluation.floors import Floor, floors
 from hf_diffusion.evaluation.image_files import FileImages
 from hf_diffusion.evaluation.measures import Evaluation, check_metrics, measure_samples
 from hf_diffusion.evaluation.options import EvaluationOptions
@@ -52,6 +53,7 @@ class Judge:
             elif self.network.classifier is not None:
                 self.network = self.network.numbered_as(class_names or ())
         self.reference: Reference | None = None
+        self.floors: dict[str, Floor] = {}
 
     def check(self, count: int, labels: Sequence[int] | Sequence[str] | None) -> None:
         """ValueError for what `count` samples of these classes cannot be measured by."""
@@ -70,12 +72,16 @@ class Judge:
         """Measure samples; `seed` is that of the first, None for those of a file."""
         if self.reference is None:
             self.reference = reference_statistics(self.data, self.network, self.cache)
+            self.floors = floors(self.reference, len(samples), self.metrics)
             self.warn_of_weakness()
         state, count = PartialState(), len(samples)
         share = samples.chunks(state.process_index, state.num_processes)
         measures = measure_samples(share, count, self.network, self.reference, self.metrics, self.classifier, labels)
         protocol = samples_protocol(count, seed, labels, samples.protocol, self.network, self.classifier)
-        return Evaluation(measures, {**protocol, "reference": self.reference.protocol})
+        protocol |= {"reference": self.reference.protocol}
+        if self.floors:
+            protocol["floors"] = {key: floor._asdict() for key, floor in self.floors.items()}
+        return Evaluation(measures, protocol)
 
     def warn_of_weakness(self) -> None:
         """Print what speaks against the feature network: few classes known, noise taken as real."""

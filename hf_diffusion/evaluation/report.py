@@ -56,6 +56,22 @@ def with_error(measure: Measure) -> str:
     return f"{measure.value:.{places}f} ± {measure.error:.{places}f}"
 
 
+def named(result: dict[str, Any]) -> list[str]:
+    """The full name of every measure of a result, and what real data get where that is known."""
+    floors = result["protocol"].get("floors", {})
+    lines = []
+    for key, measure in result["measures"].items():
+        beside = f"; real against real: {floor_text(floors[key])}" if key in floors else ""
+        lines.append(measure.name + beside)
+    return lines
+
+
+def floor_text(floor: dict[str, Any]) -> str:
+    """The value of a `Floor` as a protocol holds it, with its error and both numbers."""
+    shown = with_error(Measure("", floor["value"], floor["error"], better="lower"))
+    return f"{shown} ({floor['count']:,} against {floor['others']:,} others)"
+
+
 def spoken(name: str) -> str:
     """The name of a setting as figures and cards say it."""
     return SPOKEN.get(name, name.replace("_", " "))
@@ -66,8 +82,11 @@ def card_results(results: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
     entries = {}
     for result in results:
         varied = ", ".join(f"{spoken(name)} {value}" for name, value in result["settings"].items())
-        for measure in result["measures"].values():
+        floors = result["protocol"].get("floors", {})
+        for key, measure in result["measures"].items():
             entry = {"value": measure.value, "protocol": protocol_text(result["protocol"])}
+            if key in floors:
+                entry["protocol"] += f"; real against real {floor_text(floors[key])}"
             if measure.error is not None and math.isfinite(measure.error):
                 entry["standard_error"] = measure.error
             entries[f"{measure.name}" + (f", {varied}" if varied else "")] = entry

@@ -43,7 +43,7 @@ class SweptPipeline:
             self.by_guidance[kind_of_guidance(self.pipeline)] = self.pipeline
             check_scale_is_given(self.pipeline, options, [text.partition("=")[0] for text in options.sweep])
             if options.fast:
-                speed_up(self.pipeline)
+                speed_up(self.pipeline, options.compile_mode)
         self.scheduler = plain.scheduler
         self.fixed = call_options(self.pipeline, options)
         swept = dict(self._values(text) for text in options.sweep)

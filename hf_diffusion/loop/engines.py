@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
-from hf_diffusion.config.run_options import TrainingConfig
+from hf_diffusion.config.run_options import CAPTURING, TrainingConfig
 from hf_diffusion.losses.objective import Objective
 
 
@@ -64,16 +64,20 @@ def take_launch_settings(config: TrainingConfig, accelerator: Accelerator) -> No
         _say_otherwise(accelerator, "gradient_accumulation_steps", config.gradient_accumulation_steps, steps)
 
 
-def compile_options() -> dict[str, Any]:
-    """The arguments of torch.compile that `accelerate launch` was given; none where it was not
-    asked to compile."""
+def compile_options(config: TrainingConfig) -> dict[str, Any]:
+    """The arguments of torch.compile: those that `accelerate launch` was given, if it was asked to
+    compile, and above them the mode of the settings."""
     plugin = TorchDynamoPlugin()
-    if plugin.backend == DynamoBackend.NO:
-        return {}
-    options = plugin.to_kwargs()
+    options = {} if plugin.backend == DynamoBackend.NO else plugin.to_kwargs()
+    options |= {"mode": config.compile_mode} if config.compile_mode else {}
     return {
         name: options[name] for name in ("backend", "mode", "fullgraph", "dynamic") if options.get(name) is not None
     }
+
+
+def captures_graphs(config: TrainingConfig) -> bool:
+    """Whether the networks' results lie in memory that the next step writes over."""
+    return bool(config.torch_compile) and compile_options(config).get("mode") in CAPTURING
 
 
 def _say_otherwise(accelerator: Accelerator, name: str, ours: Any, theirs: Any) -> None:
@@ -107,6 +111,11 @@ def check_engine(accelerator: Accelerator, config: TrainingConfig) -> None:
     for name in (name for name in asked if asked[name] and parallelism(accelerator) != DATA_PARALLEL):
         raise ValueError(
             f"{name} measures a whole network on every process; run it without {parallelism(accelerator)}"
+        )
+    if captures_graphs(config) and parallelism(accelerator) != DATA_PARALLEL:
+        raise ValueError(
+            f"compile_mode {compile_options(config)['mode']} captures CUDA graphs, whose memory must stay where it "
+            f"is, and {parallelism(accelerator)} moves it; give default, or train without it"
         )
     if config.optimizer == "muon" and parallelism(accelerator) != DATA_PARALLEL:
         raise ValueError(

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from hf_diffusion.config.run_options import TrainingConfig
 from hf_diffusion.loop.averages import SharedNetwork, is_of_transformers
-from hf_diffusion.loop.engines import compile_options, full_tensor, parallelism
+from hf_diffusion.loop.engines import captures_graphs, compile_options, full_tensor, parallelism
 from hf_diffusion.loop.learning_rate import lr_factor, rate_settings
 from hf_diffusion.loop.muon import Muon
 from hf_diffusion.loop.nonfinite import TrainingDiverged, bad_rows_in_words, check_loss_scale
@@ -49,6 +49,7 @@ class Updater:
         self.config, self.accelerator, self.objective, self.shared = config, accelerator, objective, shared
         self.means, self.progress, self.total_steps = means, progress, total_steps
         self.skipped, self.skipped_in_a_row = 0, 0
+        self.captures_graphs = captures_graphs(config)
 
     def step(self, step: int, micros: Iterable[Micro]) -> None:
         """Every player's turn in optimizer step `step`.
@@ -97,6 +98,8 @@ class Updater:
                 values = self._values(player, step, micro, batch, draw, seen)
                 accelerator.backward(values["loss"].mean() / count)
             self._log(player, values)
+            if self.captures_graphs and not last:
+                _keep_gradients(player.network)
         accelerator.unscale_gradients(player.optimizer)
         norm = nn.utils.clip_grad_norm_(player.network.parameters(), self.config.max_grad_norm or math.inf)
         grad_norm = float(full_tensor(norm))
@@ -137,6 +140,9 @@ class Updater:
 
     def _values(self, player: Player, step: int, micro: int, batch: dict, draw: Draw, seen: list) -> Values:
         """The player's losses; `seen` keeps which rows they are of."""
+        if self.captures_graphs:
+            # nothing that a network gave before is looked at again
+            torch.compiler.cudagraph_mark_step_begin()
         # Dropout draws from the global generator: tie it to the place in the run, too.
         place = [*filter(None, [player.name]), micro, self.accelerator.process_index]
         torch.manual_seed(derive_seed(self.config.seed, "dropout", step, *place))
@@ -188,6 +194,8 @@ class Updater:
     def rehearse(self, batch: dict[str, Tensor], draw: Draw) -> None:
         """One micro step of every player, whose gradients are thrown away."""
         for player in self.objective.players:
+            if self.captures_graphs:
+                torch.compiler.cudagraph_mark_step_begin()
             with self.accelerator.autocast():
                 loss = player.loss(player.network, batch, draw)["loss"].mean()
             self.accelerator.backward(loss)
@@ -197,6 +205,13 @@ class Updater:
     @property
     def _output_dir(self) -> Path:
         return Path(self.config.output_dir)
+
+
+def _keep_gradients(network: nn.Module) -> None:
+    """Copy the gradients of a captured backward pass, which the next one would write over."""
+    for parameter in network.parameters():
+        if parameter.grad is not None:
+            parameter.grad = parameter.grad.clone()
 
 
 def build_optimizer(config: TrainingConfig, player: Player) -> torch.optim.Optimizer:
@@ -224,8 +239,10 @@ def prepare_player(config: TrainingConfig, accelerator: Accelerator, player: Pla
     if config.gradient_checkpointing:
         name = "gradient_checkpointing_enable" if is_of_transformers(network) else "enable_gradient_checkpointing"
         getattr(network, name)()
+    if config.compile_mode and not config.torch_compile:
+        raise ValueError(f"compile_mode {config.compile_mode} without compiling means nothing; add --torch_compile")
     if config.torch_compile and player.compilable:
         # in place, so that the names in the state dict stay as they are
-        network.compile(**compile_options())
+        network.compile(**compile_options(config))
     player.network = network
     player.network, player.optimizer = accelerator.prepare(network, build_optimizer(config, player))

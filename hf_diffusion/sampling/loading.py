@@ -48,6 +48,8 @@ DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float1
 
 def load_for_sampling(options: SamplingOptions) -> DiffusionPipeline:
     """The pipeline with all that the options name."""
+    if options.compile_mode and not options.fast:
+        raise ValueError(f"compile_mode {options.compile_mode} says how --fast compiles; add --fast, or leave it out")
     pipeline = load_pipeline(
         options.pipeline,
         trust_remote_code=options.trust_remote_code,
@@ -64,7 +66,7 @@ def load_for_sampling(options: SamplingOptions) -> DiffusionPipeline:
         check_scale_is_given(pipeline, options)
     pipeline = pipeline.to(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if options.fast:
-        print(f"fast: {speed_up(pipeline)}")
+        print(f"fast: {speed_up(pipeline, options.compile_mode)}")
     return pipeline
 
 

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from hf_diffusion.config.options import option
+from hf_diffusion.config.run_options import CompileMode
 
 
 # The names of `loading.SCHEDULERS`, which needs torch.
@@ -76,6 +77,9 @@ class SamplingOptions(PipelineOptions):
     dtype: Literal["float32", "bf16", "fp16"] = option("float32", "precision of the network's arithmetic")
     fast: bool = option(
         False, "bfloat16 where the device multiplies it; on a GPU channels_last and compiled, too; says what it did"
+    )
+    compile_mode: CompileMode | None = option(
+        None, "mode of the compilation of --fast on a GPU; reduce-overhead and max-autotune capture CUDA graphs"
     )
     device: str | None = option(None, "cpu, cuda, cuda:1, ...; none is cuda where there is one")
     batch_size: int = option(256, "samples that are in memory at a time", at_least=1)

@@ -1,5 +1,10 @@
 """The `hf-diffusion` command itself: help, exit status, what it loads before a command runs."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 
 import hf_diffusion
@@ -7,6 +12,7 @@ from hf_diffusion.cli import COMMANDS, main
 from tests.launching import run_claims
 
 
+TRAINING = Path(__file__).resolve().parents[2] / "training"
 # Measured by what is loaded, since clocks are noisy. Each entry is (exit status, what was said,
 # heavy modules by now).
 CHILD = """
@@ -120,6 +126,18 @@ def test_a_command_whose_reader_has_gone_ends_silently_and_tells_of_its_own_mist
     assert ended["sentence"] == [1, "hf-diffusion info: no such folder\n"]
     # one that is not of its reader is no reason to be silent
     assert ended["socket"] == [1, "hf-diffusion info: of a connection\n"]
+
+
+@pytest.mark.parametrize("script", ["study_families", "study_fashion_mnist", "hub_job"])
+def test_the_studies_and_the_job_end_silently_with_their_reader_too(script):
+    reader, writer = os.pipe()
+    os.close(reader)
+    words = [sys.executable, str(TRAINING / f"{script}.py"), "--help"]
+    # argparse is silent where it writes at once, and says nothing of it
+    buffered = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    done = subprocess.run(words, stdout=writer, stderr=subprocess.PIPE, text=True, timeout=100, env=buffered)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (141, "")
 
 
 def test_an_interrupted_command_ends_with_status_130(monkeypatch, capsys):

@@ -18,6 +18,7 @@ from hf_diffusion.config.options import config_to_dict, config_to_yaml, option, 
 from hf_diffusion.config.run_options import TrainingConfig
 from hf_diffusion.config.shared_options import DataOptions
 from hf_diffusion.data.images import load_images
+from hf_diffusion.training.train_text_to_image import TextToImageConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -267,6 +268,16 @@ def test_settings_of_a_training_that_contradict_each_other_are_refused(capsys):
     assert complaint(capsys, *MINIMUM[:2], cls=Training).startswith(
         "give --max_train_steps, --num_epochs or --max_train_minutes: how long"
     )
+
+
+def test_none_empties_a_list_of_repeated_flags_and_chooses_nothing(recipe):
+    file = recipe("sweep: [a, b]")
+    assert parsed("--config", file, "--sweep", "None").sweep == ()
+    assert parsed("--config", file, "--sweep", "none", "--sweep", "c").sweep == ("none", "c")
+    words = ["--config", "digits_text.yaml", "--caption_template", "none"]
+    assert parse_config(TextToImageConfig, words).caption_template == ()
+    column = recipe("caption_column: words", "column.yaml")
+    assert parse_config(TextToImageConfig, [*words, "--config", column]).caption_column == "words"
 
 
 def test_none_takes_back_what_a_recipe_gives():

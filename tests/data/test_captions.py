@@ -3,6 +3,7 @@
 import itertools
 import json
 import logging
+import tarfile
 
 import datasets
 import numpy as np
@@ -22,10 +23,11 @@ from transformers import (
 
 from hf_diffusion.data import caption_coders
 from hf_diffusion.data.caption_coders import EmbeddingCoder, TokenCoder, fitting_length, train_tokenizer
-from hf_diffusion.data.captions import Captions, number_of
+from hf_diffusion.data.captions import Captions, class_captions, number_of, with_article
 from hf_diffusion.data.loading import load_data
 from hf_diffusion.data.splits import load_unaugmented
 from hf_diffusion.losses.captioned import encode_text
+from hf_diffusion.pipelines import pipeline_text_to_image
 from tests.data.making import noise_image, parquet_of, png, same
 
 
@@ -178,6 +180,37 @@ def test_templates_make_captions_of_class_names():
         assert {caption_of(data, index, epoch) for epoch in range(20)} == {f"the digit {name}", f"a {name}"}
     other = load_data("digits", captioned=True, caption_templates=("the digit {}",), max_train_samples=50)
     assert other.fingerprint != data.fingerprint
+
+
+def test_an_article_goes_by_the_name_of_the_class_for_the_model_as_in_its_training():
+    names = ["Ankle boot", "bag", "Umbrella", "unicorn", "8"]
+    made = class_captions(("a {}", "A {}.", "mia {}", "such as {}"), names)
+    assert [captions[0] for captions in made] == ["an Ankle boot", "a bag", "an Umbrella", "a unicorn", "a 8"]
+    assert made[0][1:] == ["An Ankle boot.", "mia Ankle boot", "such as Ankle boot"]
+    for name, captions in zip(names, made):
+        assert pipeline_text_to_image.caption_of_class(with_article("a {}"), name) == captions[0]
+    # what a pipeline of before has recorded means what it did
+    assert pipeline_text_to_image.caption_of_class("a {}", "Ankle boot") == "a Ankle boot"
+
+
+@pytest.mark.parametrize("form", ["tar", "folder"])
+@pytest.mark.parametrize("streaming", [False, True])
+def test_the_txt_files_of_a_webdataset_are_captions(tmp_path, form, streaming):
+    texts, folder = {"0": "a cat\n", "1": "two dogs", "3": "7"}, tmp_path / "set"
+    folder.mkdir()
+    for number in range(4):
+        noise_image(number).save(folder / f"{number}.png")
+    for number, text in texts.items():
+        (folder / f"{number}.txt").write_text(text)
+    (folder / "README.txt").write_text("about the set")
+    if form == "tar":
+        with tarfile.open(tmp_path / "set.tar", "w") as archive:
+            archive.add(folder, ".")
+    path = tmp_path / ("set.tar" if form == "tar" else "set")
+    data = load_data(train_data_dir=str(path), captioned=True, streaming=streaming)
+    assert set(data.captions.texts) == {"", "a cat", "two dogs", "7"}
+    if not streaming:
+        assert [caption_of(data, i) for i in range(4)] == ["a cat", "two dogs", "", "7"]
 
 
 @pytest.mark.parametrize(

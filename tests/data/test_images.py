@@ -16,6 +16,7 @@ from hf_diffusion.data import columns as data_columns
 from hf_diffusion.data.image_data import ImageData
 from hf_diffusion.data.images import load_images
 from hf_diffusion.data.pixels import from_network_range
+from hf_diffusion.data.selection import evenly_spaced, shown_rows
 from tests.data.making import folder_of, labelled_parquet, noise_image, parquet_of, png, same
 
 
@@ -176,6 +177,19 @@ def test_a_limited_set_shows_every_class_of_a_sorted_one(tmp_path):
     assert data.labels.tolist() == [0, 1, 2] and data.class_names == ["a", "b", "c"]
 
 
+def test_a_limited_set_shows_every_class_of_one_whose_classes_take_turns():
+    turns = np.arange(1000) % 10
+    assert len(np.unique(turns[evenly_spaced(1000, 100)])) == 1
+    rows = shown_rows(1000, 100, turns)
+    assert np.array_equal(np.bincount(turns[rows]).clip(1, 20), np.bincount(turns[rows])) and len(rows) == 100
+    # one of each ten rows, and the same ones the next time
+    assert np.array_equal(rows // 10, np.arange(100)) and np.array_equal(rows, shown_rows(1000, 100, turns))
+    # where equal steps leave nothing out, or nobody knows, they stay
+    for labels in (np.arange(1000) % 7, np.sort(turns), None):
+        assert np.array_equal(shown_rows(1000, 100, labels), evenly_spaced(1000, 100))
+    assert np.array_equal(shown_rows(30, None, turns[:30]), np.arange(30))
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -240,6 +254,7 @@ def test_data_of_the_hub_are_loaded_streamed_and_found_without_it_and_what_is_mi
 import io
 import datasets, huggingface_hub, torch
 from hf_diffusion.data.images import load_images
+from hf_diffusion.data.selection import evenly_spaced, shown_rows
 from hf_diffusion.data.loading import load_data
 datasets.config.USE_PARQUET_EXPORT = False  # the test server has no such host
 hub = huggingface_hub.HfApi()

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -126,6 +127,11 @@ def test_points_are_measured_by_their_coordinates_and_have_no_bits(evaluate, fol
     assert result["protocol"]["features"]["dimension"] == 2 and result["protocol"]["reference"]["samples"] == 2000
     assert sum(result["protocol"]["images_of_class"].values()) == 300
     assert len(result["protocol"]["images_of_class"]) == 8
+    floors = result["protocol"]["floors"]
+    assert set(floors) == set(result["measures"]) and (floors["fd"]["count"], floors["fd"]["others"]) == (300, 1700)
+    assert floors["fd"]["value"] < 0.1 < result["measures"]["fd"]["value"]
+    printed = capsys.readouterr().out
+    assert re.search(r"FD-300 \(features pixels\); real against real: \S+ \(300 against 1,700 others\)\n", printed)
     for flags, message in (
         (("--metrics", "bpd"), "code length of values of 8 bits, which those of eight_gaussians are not"),
         (("--features", "inception"), "features 'inception' are those of images"),

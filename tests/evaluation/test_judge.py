@@ -112,7 +112,7 @@ def test_images_too_large_for_pixels_are_measured_by_the_default_which_its_proto
     assert "4,800 values" in entry["protocol"]["features"]["chosen"]
     assert "chosen since the 4,800 values of a sample" in protocol_text(entry["protocol"])
     assert main([*words[:4], "--label_column", "none", *words[4:]]) == 1
-    assert "has no classes to train a network on; give features 'inception'" in capsys.readouterr().err
+    assert "has no classes to train a network on; give features 'imagenet' or 'inception'" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("weak", [False, True])

@@ -12,6 +12,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from safetensors.torch import load_file
+from torch._dynamo.utils import counters
 
 from hf_diffusion import ClassifierFreeGuidancePipeline, DDGANPipeline
 from hf_diffusion.cli import main as command_line
@@ -89,6 +90,17 @@ def test_a_compiled_network_trains_to_the_same_weights_within_rounding_and_is_sa
     # Adam turns the sign of a gradient near 0 into a whole step, and six of them at a rate of 0.002
     # make 0.012
     assert_close_weights(shared_weights(compiled), shared_weights(plain), atol=1.2e-2)
+
+
+@pytest.mark.parametrize("device", [pytest.param("cuda", marks=pytest.mark.gpu)], indirect=True)
+def test_captured_graphs_train_to_the_same_weights_within_rounding(trained, device):
+    accumulated = ("--gradient_accumulation_steps", "2", "--train_batch_size", "8")
+    skipped = counters["inductor"]["cudagraph_skips"]
+    captured = trained("captured", *accumulated, "--torch_compile", "--compile_mode", "reduce-overhead")
+    assert counters["inductor"]["cudagraph_skips"] == skipped
+    plain = trained("plain", *accumulated)
+    np.testing.assert_allclose(losses(captured), losses(plain), rtol=1e-3)
+    assert_close_weights(shared_weights(captured), shared_weights(plain), atol=1.2e-2)
 
 
 def test_an_interrupted_run_ends_with_the_weights_of_an_uninterrupted_one_within_rounding(trained):

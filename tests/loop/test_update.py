@@ -11,6 +11,7 @@ from diffusers.configuration_utils import register_to_config
 from torch import nn
 
 from hf_diffusion.config.run_options import TrainingConfig
+from hf_diffusion.loop import update
 from hf_diffusion.loop.averages import SharedNetwork
 from hf_diffusion.loop.nonfinite import TrainingDiverged
 from hf_diffusion.loop.reporting import Progress, RunningMeans
@@ -88,6 +89,47 @@ def test_an_update_is_adams_step_along_the_mean_gradient_of_all_micro_batches():
         twin.w.grad = gradient(twin.w.detach())
         optimizer.step()
     torch.testing.assert_close(network.w, twin.w)
+
+
+class Graphs:
+    """Stands for captured CUDA graphs: what they leave in memory is lost when a step begins."""
+
+    def __init__(self):
+        self.memory, self.modes, self.begun = [], [], 0
+
+    def compile(self, network, mode=None):
+        self.modes.append(mode)
+        network.register_forward_hook(lambda *given: self.memory.append(given[-1].detach()))
+        for parameter in network.parameters():
+            parameter.register_post_accumulate_grad_hook(lambda p: self.memory.append(p.grad))
+
+    def begin(self):
+        self.begun += 1
+        while self.memory:
+            self.memory.pop().fill_(math.nan)
+
+
+@pytest.mark.parametrize("keeps", [True, False])
+def test_gradients_of_captured_graphs_are_kept_from_micro_batch_to_micro_batch(monkeypatch, keeps):
+    graphs, networks = Graphs(), (Line(), Line())
+    monkeypatch.setattr(Line, "compile", lambda network, **options: graphs.compile(network, **options))
+    monkeypatch.setattr(torch.compiler, "cudagraph_mark_step_begin", graphs.begin)
+    if not keeps:
+        monkeypatch.setattr(update, "_keep_gradients", lambda network: None)
+    micros = [*MICROS, (2, batch((1.0, 1.0), (0.0, 2.0)), None)]
+    for network, mode in zip(networks, ({}, {"torch_compile": True, "compile_mode": "reduce-overhead"})):
+        made = updater(Objective(Player(network, squares, 0.1)), gradient_accumulation_steps=3, **mode)
+        for step in range(2):
+            made.step(step, micros)
+    assert graphs.modes == ["reduce-overhead"] and graphs.begun == 6
+    assert torch.equal(networks[1].w, networks[0].w) is keeps
+    # what was lost is met as a gradient that is not finite
+    assert made.skipped == (0 if keeps else 2)
+
+
+def test_a_mode_of_compilation_without_compiling_is_refused():
+    with pytest.raises(ValueError, match="compile_mode max-autotune without compiling means nothing; add --torch_c"):
+        updater(Objective(Player(Line(), squares, 0.1)), compile_mode="max-autotune")
 
 
 def test_the_gradient_is_clipped_to_the_norm_and_the_log_has_the_norm_before():

@@ -216,6 +216,7 @@ BUILT = [
     Row("gradient_checkpointing", True, lambda t: [checkpoints_itself(n) for n in networks(t)], [True, True], GAN,
         {"r1_gamma": 0.0}),
     Row("torch_compile", True, lambda t: networks(t)[0]._compiled_call_impl is not None, True, LOOP),
+    Row("compile_mode", "reduce-overhead", lambda t: t.updater.captures_graphs, True, LOOP, {"torch_compile": True}),
     Row("channels_last", True, is_channels_last, True, LOOP),
     # --- when something happens ---
     Row("logging_steps", 40, events("_report"), [40, 80, 100], LOOP),

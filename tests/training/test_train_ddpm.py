@@ -12,8 +12,9 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from hf_diffusion import ClassifierFreeGuidancePipeline
+from hf_diffusion.config.command_line import parse_config
 from hf_diffusion.loop import reporting, trainer
-from hf_diffusion.training import train_ddpm
+from hf_diffusion.training import train_classifier, train_ddpm, train_flow
 from tests.launching import run_claims
 from tests.training.interruptions import poison, stop_after
 
@@ -256,6 +257,22 @@ def test_recipes_are_complete_configurations():
     assert recipes
     for recipe in recipes:
         assert isinstance(yaml.safe_load(recipe.read_text()), dict), recipe
+
+
+def test_recipes_of_a_gpu_are_settings_of_their_scripts_and_compile_where_they_store_channels_last():
+    configs = {
+        "fashion_mnist_gpu": train_ddpm.DDPMConfig,
+        "fashion_mnist_ddpm_gpu": train_ddpm.DDPMConfig,
+        "fashion_mnist_classifier_gpu": train_classifier.ClassifierConfig,
+        "cifar10_gpu": train_flow.FlowConfig,
+    }
+    for name, config_class in configs.items():
+        config = parse_config(config_class, ["--config", f"{name}.yaml"])
+        config.settle((1, 28, 28))
+        assert config.torch_compile and config.channels_last and config.mixed_precision == "bf16", name
+    minutes = [parse_config(configs[name], ["--config", f"{name}.yaml"]).max_train_minutes
+               for name in ("fashion_mnist_gpu", "cifar10_gpu")]  # fmt: skip
+    assert minutes == [10, 25]
 
 
 # --- errors: one sentence, status 1 for what the world does not offer, 2 for wrong usage ---
