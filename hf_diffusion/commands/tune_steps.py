@@ -13,6 +13,9 @@ from hf_diffusion.config.options import HIGHEST_SEED, UsageError, option
 from hf_diffusion.sampling.options import SamplingOptions
 
 
+# diffusers', whose import takes seconds.
+SCHEDULER_CONFIG_NAME = "scheduler_config.json"
+
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
@@ -37,6 +40,9 @@ class TuneStepsCommand(SamplingOptions, Command):
         "pixels", "what is compared: pixels, which favour blur, or a network's file or folder, as in evaluate"
     )
     output: Path | None = option(None, "JSON file for what was found, if it is better", group="files")
+    save: bool = option(
+        False, "write it, if it is better, into the scheduler's config of the pipeline, whose unipc then takes it"
+    )
 
     def validate(self) -> None:
         """UsageError for what is wrong without looking at the pipeline."""
@@ -46,6 +52,11 @@ class TuneStepsCommand(SamplingOptions, Command):
             raise UsageError(
                 f"--num_inference_steps {self.num_inference_steps} must be fewer than the --reference_steps "
                 f"{self.reference_steps}"
+            )
+        if self.save and (self.solver != "unipc" or not self.config_file.is_file()):
+            raise UsageError(
+                f"--save is for a pipeline in a local folder, with scheduler/{SCHEDULER_CONFIG_NAME}, and for the "
+                f"scheduler unipc, not for {self.pipeline} and {self.solver}; leave it out, or give --output"
             )
 
     def run(self) -> None:
@@ -59,6 +70,8 @@ class TuneStepsCommand(SamplingOptions, Command):
         options, scheduler = drawing.call_options(pipeline, self), pipeline.scheduler
         self.check(pipeline, options)
         steps = options.pop("num_inference_steps")
+        # what an earlier search has found is not the solver's own
+        scheduler.register_to_config(_tuned_timesteps=None)
         seen = self.trajectories(pipeline, options, self.seed, self.num_samples)
         others = self.trajectories(pipeline, options, self.seed + self.num_samples, self.held_out)
         scheduler.set_timesteps(steps)
@@ -79,6 +92,11 @@ class TuneStepsCommand(SamplingOptions, Command):
                 "reference_steps": self.reference_steps,
             }
         )
+
+    @property
+    def config_file(self) -> Path:
+        """The scheduler's config in a local folder."""
+        return Path(self.pipeline) / "scheduler" / SCHEDULER_CONFIG_NAME
 
     @property
     def solver(self) -> str:
@@ -132,3 +150,9 @@ class TuneStepsCommand(SamplingOptions, Command):
         if self.output is not None:
             write_whole(self.output, json.dumps(result, indent=1) + "\n")
             print(f"written: {self.output}")
+        if self.save:
+            config = json.loads(self.config_file.read_text(encoding="utf-8"))
+            tuned = (config.get("_tuned_timesteps") or {}) | {str(len(result["timesteps"])): result["timesteps"]}
+            config["_tuned_timesteps"] = tuned
+            write_whole(self.config_file, json.dumps(config, indent=2, sort_keys=True) + "\n")
+            print(f"saved in {self.config_file}: unipc in {len(result['timesteps'])} steps takes them")

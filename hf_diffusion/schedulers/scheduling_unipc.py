@@ -14,8 +14,9 @@ SPACINGS = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "u
 class UniPCTimestepsScheduler(UniPCMultistepScheduler, SchedulerMixin):
     """The stock solver, which also takes the timesteps of a run themselves.
 
-    At so few steps as four it matters where they lie; `hf-diffusion tune-steps` searches for them.
-    The arguments are those of the stock class.
+    At so few steps as four it matters where they lie; `hf-diffusion tune-steps --save` searches for
+    them, and writes them into the config as "_tuned_timesteps", {"4": [999, ...]}. Every scheduler
+    hands such an entry on without knowing it. The arguments are those of the stock class.
     """
 
     _compatibles = [
@@ -34,11 +35,14 @@ class UniPCTimestepsScheduler(UniPCMultistepScheduler, SchedulerMixin):
         mu: float | None = None,
         timesteps: Sequence[int] | None = None,
     ) -> None:
-        """Choose the levels of a run: as the stock class, or at `timesteps`, falling whole numbers.
+        """Choose the levels of a run: at `timesteps`, falling whole numbers; else at those tuned
+        for `num_inference_steps`, if there are any; else as the stock class.
 
         ValueError for timesteps that do not fall within the process, or beside an option that
         chooses levels, too.
         """
+        if timesteps is None and sigmas is None:
+            timesteps = (self.config.get("_tuned_timesteps") or {}).get(str(num_inference_steps))
         if timesteps is None:
             return super().set_timesteps(num_inference_steps, device, sigmas, mu)
         total, chosen = self.config.num_train_timesteps, [int(t) for t in timesteps]

@@ -1,11 +1,15 @@
 """`hf-diffusion tune-steps`: better timesteps are written and drawn by; no gain writes nothing."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
+import torch
 
 from hf_diffusion.evaluation import step_search
+from hf_diffusion.hub.loading import load_pipeline
+from hf_diffusion.schedulers.scheduling_unipc import UniPCTimestepsScheduler
 from tests.commands.test_sample import run
 
 
@@ -27,6 +31,38 @@ def test_what_is_found_beats_the_own_spacing_on_other_noises_and_draws(folders, 
     assert np.abs(drawn[0] - drawn[1]).max() > 2
 
 
+def test_what_is_saved_is_what_unipc_takes_for_so_many_steps_and_for_no_others(folders, tmp_path, capsys):
+    model = shutil.copytree(folders / "digits", tmp_path / "model")
+    searched = ("tune-steps", model, *SMALL, "--timestep_spacing", "leading", "--output", tmp_path / "steps.json")
+    assert run(*searched, "--save") == 0 and "unipc in 3 steps takes them" in capsys.readouterr().out
+    timesteps = json.loads((tmp_path / "steps.json").read_text())["timesteps"]
+    pipeline = load_pipeline(model)
+    plain, unipc = pipeline.scheduler, UniPCTimestepsScheduler.from_config(pipeline.scheduler.config)
+    unipc.set_timesteps(3)
+    assert unipc.timesteps.tolist() == timesteps
+    # one that was saved with the solver knows them, too
+    unipc.save_pretrained(tmp_path / "solver")
+    again = UniPCTimestepsScheduler.from_pretrained(tmp_path / "solver")
+    again.set_timesteps(3)
+    assert again.timesteps.tolist() == timesteps
+    for scheduler, steps in ((unipc, 4), (plain, 3)):
+        config = {name: value for name, value in scheduler.config.items() if name != "_tuned_timesteps"}
+        other = type(scheduler).from_config(config)
+        for each in (scheduler, other):
+            each.set_timesteps(steps)
+        assert torch.equal(scheduler.timesteps, other.timesteps)
+    drawn = []
+    for npz, chosen in (
+        (tmp_path / "a.npz", ("--timesteps", ",".join(map(str, timesteps)))),
+        (tmp_path / "b.npz", SMALL[-2:]),
+    ):
+        assert run("sample", model, "--scheduler", "unipc", *chosen, "--npz", npz, "--num_images", 3) == 0
+        drawn.append(np.load(npz)["images"])
+    assert (drawn[0] == drawn[1]).all()
+    # a search starts from the solver's own spacing, whatever was saved
+    assert run(*searched) == 0 and json.loads((tmp_path / "steps.json").read_text())["timesteps"] == timesteps
+
+
 def test_where_nothing_is_gained_nothing_is_written_and_that_is_said(folders, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(step_search, "search", lambda distance, start, total: tuple(start))
     file = tmp_path / "steps.json"
@@ -42,6 +78,7 @@ def test_where_nothing_is_gained_nothing_is_written_and_that_is_said(folders, tm
         (("--num_inference_steps", 4, "--scheduler", "deis"), "takes timesteps and draws nothing; take unipc"),
         (("--num_inference_steps", 4, "--scheduler", "ddim", "--eta", 1), "without --eta"),
         (("--num_inference_steps", 4, "--class_labels", "nine"), "--class_labels nine"),
+        (("--num_inference_steps", 4, "--scheduler", "ddim", "--save"), "and for the scheduler unipc, not for"),
     ],
 )
 def test_what_cannot_be_searched_is_refused_in_a_sentence(folders, words, message, capsys):
