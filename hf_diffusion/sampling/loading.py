@@ -108,6 +108,9 @@ def replace_scheduler(
     # Of ours alone, such as eta; diffusers would warn of them.
     accepted = inspect.signature(cls.__init__).parameters
     config = {key: value for key, value in scheduler.config.items() if key.startswith("_") or key in accepted}
+    if timestep_spacing is not None:
+        # a spacing that is asked for stands above timesteps that a search has found
+        config.pop("_tuned_timesteps", None)
     return cls.from_config(config, **changes)
 
 

@@ -9,6 +9,7 @@ import torch
 
 from hf_diffusion.evaluation import step_search
 from hf_diffusion.hub.loading import load_pipeline
+from hf_diffusion.sampling.loading import replace_scheduler
 from hf_diffusion.schedulers.scheduling_unipc import UniPCTimestepsScheduler
 from tests.commands.test_sample import run
 
@@ -59,6 +60,10 @@ def test_what_is_saved_is_what_unipc_takes_for_so_many_steps_and_for_no_others(f
         assert run("sample", model, "--scheduler", "unipc", *chosen, "--npz", npz, "--num_images", 3) == 0
         drawn.append(np.load(npz)["images"])
     assert (drawn[0] == drawn[1]).all()
+    # a spacing that is asked for stands above them
+    spaced = replace_scheduler(pipeline.scheduler, "unipc", "trailing")
+    spaced.set_timesteps(3)
+    assert spaced.timesteps.tolist() == [999, 666, 332]
     # a search starts from the solver's own spacing, whatever was saved
     assert run(*searched) == 0 and json.loads((tmp_path / "steps.json").read_text())["timesteps"] == timesteps
 
