@@ -24,6 +24,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from torch import nn
@@ -44,7 +45,7 @@ from hf_diffusion.schedulers.scheduling_consistency import ConsistencyScheduler
 
 @dataclass(kw_only=True)
 class DMDConfig(MeasureOptions, DistributionMatchingOptions, ClassOptions, TrainingConfig, DataOptions):
-    """Train a few-step student of a diffusion model on images or points, with or without classes."""
+    """Train a few-step student of a diffusion model, on images or points."""
 
     method: ClassVar[str] = "distribution-matching"
     kind: ClassVar[str] = "few-step model by distribution matching"
@@ -52,7 +53,15 @@ class DMDConfig(MeasureOptions, DistributionMatchingOptions, ClassOptions, Train
 
     init_from: str | None = option(
         None,
-        "the trained diffusion model, a folder or Hub id: the teacher, and the weights to start from",
+        "the trained diffusion model, a folder or Hub id: the weights to start from, and the teacher",
+        is_path=True,
+        tied=False,
+        often=True,
+    )
+    # In one call a diffusion model draws the mean of its data, which is far from any sample.
+    teacher: str | None = option(
+        None,
+        "the teacher where init_from is a consistency model that was tuned from it; none is init_from",
         is_path=True,
         tied=False,
         often=True,
@@ -88,6 +97,28 @@ def build_scheduler(config: DMDConfig, data: TrainingData, process: dict[str, An
     )
 
 
+def build_teacher(
+    config: DMDConfig, data: TrainingData, student: nn.Module, scheduler: ConsistencyScheduler
+) -> nn.Module:
+    """The denoiser whose distribution is to be matched; ValueError where its process is not that of
+    the student.
+    """
+    if config.teacher is None:
+        return copy.deepcopy(student)
+    other = copy.copy(config)
+    other.init_from = config.teacher
+    teacher, process = trained_denoiser(other, data)
+    own = ConsistencyScheduler(**process).config
+    for name in ("prediction_type", "sigma_data", "trained_sigmas", "time_scale"):
+        # a saved list may have been a tuple
+        if not np.array_equal(scheduler.config[name], own[name]):
+            raise ValueError(
+                f"teacher {config.teacher} has another {name} than init_from {config.init_from}; give the model that "
+                "init_from was tuned from"
+            )
+    return teacher
+
+
 def build(config: DMDConfig, accelerator: Accelerator, data: TrainingData) -> Trainer:
     """The trainer of both networks.
 
@@ -95,10 +126,10 @@ def build(config: DMDConfig, accelerator: Accelerator, data: TrainingData) -> Tr
     """
     student, process = trained_denoiser(config, data)
     scheduler = build_scheduler(config, data, process)
+    teacher, rate = build_teacher(config, data, student, scheduler), config.learning_rate
     # of the head, which is new
     torch.manual_seed(config.seed)
-    fake = FakeDenoiser(copy.deepcopy(student), classifies=config.adversarial_weight > 0)
-    teacher, rate = copy.deepcopy(student), config.learning_rate
+    fake = FakeDenoiser(copy.deepcopy(teacher), classifies=config.adversarial_weight > 0)
     game = DistributionMatchingGame(scheduler, student, fake, teacher, config, rate, accelerator)
     names = dict(enumerate(data.class_names)) if config.class_conditional else None
 

@@ -75,7 +75,7 @@ class FakeDenoiser(nn.Module):
 
     def __init__(self, denoiser: nn.Module, classifies: bool = True):
         super().__init__()
-        self.denoiser, self.head = denoiser, None
+        self.denoiser, self.head, self.grid = denoiser, None, (1, 1)
         if classifies:
             config, device = denoiser.config, next(denoiser.parameters()).device
             size = config.sample_size
@@ -85,7 +85,8 @@ class FakeDenoiser(nn.Module):
             label = None if config.num_class_embeds is None else torch.zeros(1, dtype=torch.int64, device=device)
             with torch.no_grad():
                 sample = torch.zeros(1, config.in_channels, *sides, device=device)
-                _, channels, *sides = self.look("left out", sample, torch.zeros(1, device=device), label)[1].shape
+                _, features = self.look("left out", sample, torch.zeros(1, device=device), label)
+            _, channels, *sides = self.as_map(features).shape
             self.head = RealnessHead(channels, tuple(sides))
 
     @property
@@ -115,11 +116,12 @@ class FakeDenoiser(nn.Module):
         values = {} if output is None else {"output": output}
         if self.head is None:
             return values
-        values["fake"] = self.head(features).float()
+        values["fake"] = self.head(self.as_map(features)).float()
         if real is not None:
             times = len(real) // len(fake)
             labels = None if class_labels is None else class_labels.repeat(times)
-            values["real"] = self.head(self.look("left out", real, timestep.repeat(times), labels)[1]).float()
+            _, of_real = self.look("left out", real, timestep.repeat(times), labels)
+            values["real"] = self.head(self.as_map(of_real)).float()
         if output is None and torch.is_grad_enabled():
             # several processes wait for a gradient of every weight
             values["fake"] = values["fake"] + 0 * sum(p.sum() for p in self.denoiser.parameters())
@@ -128,7 +130,7 @@ class FakeDenoiser(nn.Module):
     def look(
         self, rest: Rest, sample: Tensor, timestep: Tensor, class_labels: Tensor | None
     ) -> tuple[Tensor | None, Tensor]:
-        """The network's output, where it is not left out, and its features (B, C, h, w)."""
+        """The network's output, where it is not left out, and its features."""
         found = []
 
         def keep(layer: nn.Module, given: tuple, features: Tensor) -> None:
@@ -148,9 +150,9 @@ class FakeDenoiser(nn.Module):
             pass
         finally:
             handle.remove()
-        return output, self._as_map(found[0])
+        return output, found[0]
 
-    def _as_map(self, features: Tensor) -> Tensor:
+    def as_map(self, features: Tensor) -> Tensor:
         """Features (B, C, h, w) of maps, of tokens (B, h w, C), and of points (B, C)."""
         if features.ndim == 3:
             features = features.transpose(1, 2)
