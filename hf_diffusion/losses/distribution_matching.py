@@ -55,10 +55,11 @@ class RealnessHead(nn.Module):
 
     def __init__(self, channels: int, sides: tuple[int, int]):
         super().__init__()
-        groups, layers = math.gcd(channels, 32), []
+        layers: list[nn.Module] = []
         for _ in range(math.ceil(math.log2(max(sides)))):
-            layers += [nn.GroupNorm(groups, channels), nn.SiLU(), nn.Conv2d(channels, channels, 3, 2, padding=1)]
-        self.layers = nn.Sequential(*layers, nn.GroupNorm(groups, channels), nn.SiLU(), nn.Flatten())
+            # one group: of a small one hardly anything is left where there is one place
+            layers += [nn.GroupNorm(1, channels), nn.SiLU(), nn.Conv2d(channels, channels, 3, 2, padding=1)]
+        self.layers = nn.Sequential(*layers, nn.GroupNorm(1, channels), nn.SiLU(), nn.Flatten())
         self.linear = nn.Linear(channels, 1)
 
     def forward(self, features: Tensor) -> Tensor:

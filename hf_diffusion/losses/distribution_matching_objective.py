@@ -155,6 +155,8 @@ class DistributionMatchingGame(Objective):
         sigma = self.levels(u)
         x_t = self.scheduler.add_noise(x, draw.normal(*x.shape[1:]), sigma)
         rest = "without gradient" if options.distribution_matching_weight else "left out"
+        # what dropout adds is no difference of distributions
+        self.fake.eval()
         with nullcontext() if options.adversarial_weight else torch.no_grad():
             seen = self.fake(*self.inputs(x_t, sigma), labels, rest=rest)
         values, loss = {}, torch.zeros_like(sigma, dtype=torch.float32)
@@ -182,6 +184,7 @@ class DistributionMatchingGame(Objective):
             if options.r1_gamma:
                 real = torch.cat([real, real + options.r1_noise * draw.normal(*shape)])
         rest = "with gradient" if denoises else "left out"
+        self.fake.train()
         seen = network(*self.inputs(x_t, sigma), labels, real=real, rest=rest)
         values, loss = {}, torch.zeros_like(sigma, dtype=torch.float32)
         if denoises:
