@@ -1,4 +1,4 @@
-"""Distribution matching: its gradient, its levels, the features of the head, and who computes what."""
+"""Distribution matching: its gradient and levels, the features of the head, who computes what."""
 
 import copy
 import dataclasses
