@@ -77,7 +77,7 @@ AUTOENCODER_PANELS = (
     LEARNING_RATE,
 )
 MATCHING_PANELS = (
-    Panel("student's loss", {"loss": "", "matching": "matching"}, height=3),
+    Panel("student's loss", {"loss": ""}, height=3),
     Panel("denoising", {"denoising": ""}, bottom=0, height=2),
     Panel("told apart", {"right": ""}, bottom=0, top=1, line=0.5, height=2),
     LEARNING_RATE,

@@ -47,8 +47,9 @@ class DistributionMatchingOptions:
     distribution_matching_weight: float = option(
         1.0, "weight of distribution matching; 0 trains by the adversary alone", at_least=0
     )
+    # Of 28x28 images both halves have gradients of about one norm at weights of 1.
     adversarial_weight: float = option(
-        0.003, "weight of the adversary in the student's loss; 0 matches distributions alone", at_least=0
+        0.1, "weight of the adversary in the student's loss; 0 matches distributions alone", at_least=0
     )
     classifier_weight: float = option(
         0.01, "weight of telling real from fake in the loss of the fake denoiser, beside its denoising", above=0
