@@ -218,14 +218,18 @@ class DistributionMatchingGame(Objective):
         sigma = torch.tensor(self.sigmas, dtype=torch.float64).to(call.device)[call]
         x = self.sigmas[0] * noises[0]
         if self.options.student_inputs == "simulated":
-            self.simulate(x, noises[1:], call, labels)
+            # without the wrapper of several processes, which need not ask for as many calls
+            bare = self.student if network.training else network
+            self.simulate(bare, x, noises[1:], call, labels)
         else:
             noised = self.scheduler.add_noise(x_0, noises[0], sigma)
             x = torch.where((call > 0).reshape(-1, *(1,) * (x.ndim - 1)), noised, x)
         return self.scheduler.denoise(network, x, sigma, **conditions(labels)), labels
 
     @torch.no_grad()
-    def simulate(self, x: Tensor, noises: list[Tensor], call: Tensor, labels: Tensor | None) -> None:
+    def simulate(
+        self, network: nn.Module, x: Tensor, noises: list[Tensor], call: Tensor, labels: Tensor | None
+    ) -> None:
         """Take x (B, ...) in place through the calls before `call` (B,), as sampling does."""
         config = self.scheduler.config
         for k, noise in enumerate(noises):
@@ -234,7 +238,7 @@ class DistributionMatchingGame(Objective):
                 return
             sigma = torch.full((len(rows),), self.sigmas[k], dtype=torch.float64, device=x.device)
             known = conditions(None if labels is None else labels[rows])
-            x_0 = self.scheduler.denoise(self.student, x[rows], sigma, **known)
+            x_0 = self.scheduler.denoise(network, x[rows], sigma, **known)
             x_0 = x_0.clamp(-1, 1) if config.clip_denoised else x_0
             x[rows] = x_0 + math.sqrt(self.sigmas[k + 1] ** 2 - config.sigma_min**2) * noise[rows]
 

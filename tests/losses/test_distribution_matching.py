@@ -253,7 +253,7 @@ def test_later_calls_are_trained_on_what_sampling_shows_them():
     made = game(steps=3)
     x, noises, labels = 80 * noise(4, 1, 8, 8), [noise(4, 1, 8, 8, seed=i) for i in (1, 2)], torch.tensor([0, 1, 2, 0])
     found, call = x.clone(), torch.tensor([0, 1, 2, 2])
-    made.simulate(found, noises, call, labels)
+    made.simulate(made.student, found, noises, call, labels)
     scheduler = ConsistencyScheduler.from_config(made.scheduler.config)
     scheduler.set_timesteps(3)
     shown = [x]

@@ -96,8 +96,17 @@ def test_the_log_tells_of_both_players_and_the_held_out_loss_is_that_of_the_stud
 @pytest.mark.parametrize(
     "flags, there, absent",
     [
-        (["--distribution_matching_weight", "0"], {"fooling", "right"}, {"matching", "denoising"}),
-        (["--adversarial_weight", "0"], {"matching", "denoising"}, {"fooling", "right", "telling"}),
+        (
+            ["--distribution_matching_weight", "0", "--gradient_accumulation_steps", "2"],
+            {"fooling", "right"},
+            {"matching", "denoising"},
+        ),
+        pytest.param(
+            ["--adversarial_weight", "0"],
+            {"matching", "denoising"},
+            {"fooling", "right", "telling"},
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_either_half_of_the_loss_trains_alone(flags, there, absent, denoiser, tmp_path):
@@ -151,17 +160,18 @@ def test_images_are_drawn_by_stock_diffusers_in_a_new_process(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "script, flags, kind",
-    [(train_edm, [], "preconditioned"), (train_flow, [], "flow_velocity"), (train_ddpm, [], "v_prediction")],
+    "script, kind",
+    [(train_edm, "preconditioned"), pytest.param(train_flow, "flow_velocity", marks=pytest.mark.slow)],
+    ids=["edm", "flow"],
 )
-def test_teachers_of_every_family_are_matched_from_their_checkpoints(script, flags, kind, tmp_path):
-    start = trained(script, tmp_path / "start", *POINTS, *SMALL, *flags, "--max_train_steps", "1")
+def test_teachers_of_other_families_are_matched_from_their_checkpoints(script, kind, tmp_path):
+    start = trained(script, tmp_path / "start", *POINTS, *SMALL, "--max_train_steps", "1")
     source = start / "checkpoint-00000001"
     folder = run(
         tmp_path / "dmd", *POINTS, "--init_from", str(source), "--max_train_steps", "1", "--fake_updates", "1"
     )
     assert load_pipeline(folder).scheduler.config.prediction_type == kind
-    # what is drawn in one call, before anything is learned, is the x_0 that the teacher estimates
+    # at first student, teacher and fake denoiser are one network, and agree at every level
     first = metrics(folder)[0]
     assert np.isfinite(first["denoising"]) and first["matching"] < 1e-8
 
@@ -171,9 +181,14 @@ def test_a_consistency_model_may_be_the_start_where_its_own_teacher_is_named(den
     tuned = trained(
         train_consistency, tmp_path / "tuned", *flags, *SMALL, "--objective", "tuning", "--init_from", str(denoiser)
     )
+    start = load_pipeline(tuned)
+    nn.init.normal_(start.unet.linear_out.weight)
+    start.save_pretrained(tuned)
     folder = run(tmp_path / "dmd", *flags, "--init_from", str(tuned), "--teacher", str(denoiser))
-    # other weights than the teacher's, so there is something to match at once
-    assert metrics(folder)[0]["matching"] > 1e-6
+    # the student has begun as the consistency model, and the fake denoiser as the teacher
+    moved = weights(folder)["linear_out.weight"] - start.unet.linear_out.weight
+    assert 0 < float(moved.abs().max()) < 0.02
+    assert metrics(folder)[0]["matching"] < 1e-8
     other = trained(train_edm, tmp_path / "edm", *flags, *SMALL)
     with pytest.raises(SystemExit) as refused:
         run(tmp_path / "wrong", *flags, "--init_from", str(tuned), "--teacher", str(other))
