@@ -67,11 +67,11 @@ class RealnessHead(nn.Module):
 
 
 class FakeDenoiser(nn.Module):
-    """A denoiser of the student's samples that also tells them from real ones, by its features.
+    """A denoiser of the student's samples, and a head on its features.
 
-    These are the output of the U-Net's `mid_block`, or of the block in the middle of `blocks`.
-    `classifies` False leaves the head out. A network is one forward for both kinds of samples,
-    since data parallelism joins the gradients of one.
+    The features are the output of the U-Net's `mid_block`, or of the block in the middle of
+    `blocks`. `classifies` False leaves the head out. Both kinds of samples go through one forward,
+    since data parallelism joins the gradients of one. The head tells them apart.
     """
 
     def __init__(self, denoiser: nn.Module, classifies: bool = True):
