@@ -39,8 +39,9 @@ class ConsistencyPipeline(SamplingMixin, SelfContainedMixin, DiffusionPipeline):
         self.register_id2label(id2label)
 
     def example_call(self) -> dict[str, Any]:
-        """Arguments of a call that draws a few samples in two steps."""
-        return {**super().example_call(), "num_inference_steps": 2}
+        """Arguments of a call that draws a few samples, in two steps or those of the training."""
+        trained = self.scheduler.config.get("sampling_sigmas")
+        return {**super().example_call(), "num_inference_steps": len(trained) if trained else 2}
 
     def check_guidance(self, labels: Tensor | None, guidance_scale: float) -> None:
         """Raise ValueError, with what is allowed, for guidance that does not fit the model."""
@@ -88,7 +89,8 @@ class ConsistencyPipeline(SamplingMixin, SelfContainedMixin, DiffusionPipeline):
                 null class samples from all classes.
             batch_size: the number of images where there are no labels (1 if left out).
             num_images_per_label: images of each entry of `class_labels`, next to each other.
-            num_inference_steps: the number of calls of the network, one or a few.
+            num_inference_steps: the number of calls of the network, one or a few. A model that was
+                trained for some calls only has their levels in its scheduler's `sampling_sigmas`.
             timesteps: indices of the scheduler's grid of noise levels in falling order instead,
                 such as [22, 0]; 0 is pure noise.
             sigmas: the noise levels themselves instead, falling from the scheduler's `sigma_max`,

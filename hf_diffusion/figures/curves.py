@@ -76,6 +76,12 @@ AUTOENCODER_PANELS = (
     Panel("told apart", {"right": ""}, bottom=0, top=1, line=0.5, height=2),
     LEARNING_RATE,
 )
+MATCHING_PANELS = (
+    Panel("student's loss", {"loss": ""}, height=3),
+    Panel("denoising", {"denoising": ""}, bottom=0, height=2),
+    Panel("told apart", {"right": ""}, bottom=0, top=1, line=0.5, height=2),
+    LEARNING_RATE,
+)
 
 
 def loss_curve(metrics_jsonl: str | os.PathLike, out_png: str | os.PathLike) -> Path | None:
@@ -91,6 +97,11 @@ def adversarial_curve(metrics_jsonl: str | os.PathLike, out_png: str | os.PathLi
 def autoencoder_curve(metrics_jsonl: str | os.PathLike, out_png: str | os.PathLike) -> Path | None:
     """Draw errors of reconstructions, and what a critic tells apart; see `plot_curves`."""
     return plot_curves(metrics_jsonl, out_png, AUTOENCODER_PANELS)
+
+
+def matching_curve(metrics_jsonl: str | os.PathLike, out_png: str | os.PathLike) -> Path | None:
+    """Draw a student's loss, its fake denoiser's, and what is told apart; see `plot_curves`."""
+    return plot_curves(metrics_jsonl, out_png, MATCHING_PANELS)
 
 
 def plot_curves(

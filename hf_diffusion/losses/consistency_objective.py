@@ -268,7 +268,13 @@ class ConsistencyObjective(Objective):
 
     def identity(self) -> dict[str, Any]:
         """The process, and the teacher that a checkpoint belongs to."""
-        config = {name: value for name, value in self.scheduler.config.items() if not name.startswith("_")}
+        # of sampling alone, and not in checkpoints of versions that did not have it
+        others = ("sampling_sigmas",)
+        config = {
+            name: value
+            for name, value in self.scheduler.config.items()
+            if not name.startswith("_") and name not in others
+        }
         known = {"process": hashlib.sha256(repr(sorted(config.items())).encode()).hexdigest()}
         return known if self.teacher is None else known | {"teacher": digest(self.teacher)}
 

@@ -51,7 +51,7 @@ class ConsistencyScheduler(CMStochasticIterativeScheduler, SchedulerMixin, Confi
 
     It is the stock class with these differences: noise levels are float64; the last step is exact,
     where the stock one takes the root of a negative number for some `sigma_min` (0.009 for one);
-    levels can be named; noise can be given. With the defaults of the last four arguments the stock
+    levels can be named; noise can be given. With the defaults of the last five arguments the stock
     class loads its configuration and draws the same. With another prediction_type, trained_sigmas
     or time_scale it must not: it would tell the network other timesteps, without a word.
 
@@ -71,6 +71,8 @@ class ConsistencyScheduler(CMStochasticIterativeScheduler, SchedulerMixin, Confi
         time_scale: 250 for consistency models, 1/4 for EDM, num_train_timesteps for flow matching.
         sampling_sigma_min: the level of the last of several steps. None leaves it to the grid, as
             in the stock class, where it is higher than is good for two steps.
+        sampling_sigmas: the only levels, falling, at which the network was trained to be called.
+            Runs of as many steps visit them, runs of fewer some of them.
     """
 
     @register_to_config
@@ -87,6 +89,7 @@ class ConsistencyScheduler(CMStochasticIterativeScheduler, SchedulerMixin, Confi
         trained_sigmas: Sequence[float] | None = None,
         time_scale: float = 250.0,
         sampling_sigma_min: float | None = None,
+        sampling_sigmas: Sequence[float] | None = None,
     ):
         if not isinstance(num_train_timesteps, int) or num_train_timesteps < 2:
             raise ValueError(f"num_train_timesteps must be a whole number of at least 2, got {num_train_timesteps!r}")
@@ -107,6 +110,8 @@ class ConsistencyScheduler(CMStochasticIterativeScheduler, SchedulerMixin, Confi
             self._log_sigmas = torch.tensor(list(trained_sigmas), dtype=torch.float64).log()
             if len(self._log_sigmas) < 2 or not bool((self._log_sigmas.diff() > 0).all()):
                 raise ValueError(f"trained_sigmas must rise from above 0, got {len(self._log_sigmas)} that do not")
+        if sampling_sigmas is not None:
+            self._checked(sampling_sigmas)
         self.num_inference_steps: int | None = None
         self.custom_timesteps = self.is_scale_input_called = False
         self._start(karras_sigmas(num_train_timesteps, sigma_min, sigma_max, rho), None)
@@ -181,7 +186,8 @@ class ConsistencyScheduler(CMStochasticIterativeScheduler, SchedulerMixin, Confi
         """Choose the noise levels of a run by their number, their indices or themselves.
 
         Args:
-            num_inference_steps: so many levels from sigma_max to `sampling_sigma_min`, spaced as
+            num_inference_steps: so many of `sampling_sigmas`, the first among them, where there
+                are as many. Else so many levels from sigma_max to `sampling_sigma_min`, spaced as
                 the grid is. Where that is None, every (N // number)-th level of the grid.
             timesteps: indices of the grid in falling order, as the stock class takes them; 0 is
                 sigma_max, so that [22, 0] means 0, then 22.
@@ -213,6 +219,9 @@ class ConsistencyScheduler(CMStochasticIterativeScheduler, SchedulerMixin, Confi
                 f"num_inference_steps={steps!r} must be a whole number from 1 to {count}, the num_train_timesteps of "
                 "the grid"
             )
+        trained = config.sampling_sigmas or ()
+        if steps <= len(trained):
+            return self._checked([trained[i * len(trained) // steps] for i in range(steps)])
         if config.sampling_sigma_min is None:
             return self._of_grid([i * (count // steps) for i in reversed(range(steps))])
         return karras_sigmas(max(steps, 2), config.sampling_sigma_min, config.sigma_max, config.rho)[:steps]

@@ -138,6 +138,18 @@ def test_the_level_of_the_last_step_can_be_chosen_once_for_any_number_of_steps()
         assert steps == 1 or float(gaps.max() - gaps.min()) < 1e-9
 
 
+def test_runs_visit_the_levels_that_the_network_was_trained_at_and_longer_ones_the_grid(tmp_path):
+    ConsistencyScheduler(sampling_sigmas=(80.0, 6.0, 1.0, 0.3)).save_pretrained(tmp_path)
+    scheduler = ConsistencyScheduler.from_pretrained(tmp_path)
+    for steps, levels in ((1, [80]), (2, [80, 1]), (3, [80, 6, 1]), (4, [80, 6, 1, 0.3])):
+        scheduler.set_timesteps(steps)
+        assert scheduler.sigmas[:-1].tolist() == levels
+    scheduler.set_timesteps(5)
+    plain = ConsistencyScheduler()
+    plain.set_timesteps(5)
+    assert torch.equal(scheduler.sigmas, plain.sigmas)
+
+
 def test_noise_can_be_given_and_levels_named():
     scheduler = ConsistencyScheduler(clip_denoised=False)
     scheduler.set_timesteps(sigmas=[80.0, 0.8])
@@ -154,6 +166,8 @@ def test_noise_can_be_given_and_levels_named():
         (lambda: ConsistencyScheduler(sigma_min=3.0, sigma_max=2.0), "0 <= sigma_min < sigma_max"),
         (lambda: ConsistencyScheduler(prediction_type="noise"), "choose from"),
         (lambda: ConsistencyScheduler(trained_sigmas=[2.0, 1.0]), "must rise"),
+        (lambda: ConsistencyScheduler(sampling_sigmas=(90.0, 1.0)), "must fall, from at most 80"),
+        (lambda: ConsistencyScheduler(sampling_sigmas=()), "must fall"),
         (lambda: ConsistencyScheduler().set_timesteps(41), "from 1 to 40"),
         (lambda: ConsistencyScheduler().set_timesteps(timesteps=[0, 22]), "must fall"),
         (lambda: ConsistencyScheduler().set_timesteps(sigmas=[90.0, 1.0]), "at most 80"),
