@@ -70,7 +70,7 @@ class ConsistencyPipeline(SamplingMixin, SelfContainedMixin, DiffusionPipeline):
         class_labels: int | str | list[int | str] | Tensor | None = None,
         batch_size: int | None = None,
         num_images_per_label: int = 1,
-        num_inference_steps: int = 1,
+        num_inference_steps: int | None = None,
         timesteps: list[int] | None = None,
         sigmas: tuple[float, ...] | None = None,
         guidance_scale: float = 1.0,
@@ -89,8 +89,9 @@ class ConsistencyPipeline(SamplingMixin, SelfContainedMixin, DiffusionPipeline):
                 null class samples from all classes.
             batch_size: the number of images where there are no labels (1 if left out).
             num_images_per_label: images of each entry of `class_labels`, next to each other.
-            num_inference_steps: the number of calls of the network, one or a few. A model that was
-                trained for some calls only has their levels in its scheduler's `sampling_sigmas`.
+            num_inference_steps: the number of calls of the network, one or a few. None is one, or
+                those that the model was trained for, whose levels are its scheduler's
+                `sampling_sigmas`.
             timesteps: indices of the scheduler's grid of noise levels in falling order instead,
                 such as [22, 0]; 0 is pure noise.
             sigmas: the noise levels themselves instead, falling from the scheduler's `sigma_max`,
@@ -117,6 +118,8 @@ class ConsistencyPipeline(SamplingMixin, SelfContainedMixin, DiffusionPipeline):
             and for arguments that do not fit the model, the scheduler or each other.
         """
         labels, batch = self.prepare_labels(class_labels, batch_size, num_images_per_label)
+        if num_inference_steps is None:
+            num_inference_steps = len(self.scheduler.config.get("sampling_sigmas") or ()) or 1
         self.check_steps(num_inference_steps, timesteps)
         self.check_guidance(labels, guidance_scale)
         self.check_common(

@@ -6,7 +6,6 @@ Letters: B captions of L tokens, D features.
 import hashlib
 import json
 import logging
-import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
@@ -16,7 +15,6 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
-from huggingface_hub.constants import HF_HOME
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -24,7 +22,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForTextEncoding, AutoTo
 from transformers.models.auto.modeling_auto import MODEL_FOR_TEXT_ENCODING_MAPPING
 
 from hf_diffusion.data.reaching import hub_or_cache
-from hf_diffusion.files import remove_partials, sha256, write_whole
+from hf_diffusion.files import cache_folder, remove_partials, sha256, write_whole
 
 
 logger = logging.getLogger(__name__)
@@ -118,7 +116,7 @@ class EmbeddingCoder:
     def rows_of(self, texts: Sequence[str]) -> Callable[[Tensor], dict[str, Tensor]]:
         known = hashlib.sha256("\n".join(texts).encode()).hexdigest()
         identity = json.dumps([VERSION, self.fingerprint, self.length, known])
-        path = cache_folder() / f"{hashlib.sha256(identity.encode()).hexdigest()[:24]}.npy"
+        path = cache_folder("captions") / f"{hashlib.sha256(identity.encode()).hexdigest()[:24]}.npy"
         places = path.with_suffix(".places.npy")
         if not path.is_file():
             self._encode(texts, path, places)
@@ -183,11 +181,6 @@ def masked(hidden: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     """States (B, L, D) with 0 at padding, and their mean over the tokens (B, D)."""
     hidden = hidden * mask[..., None].to(hidden.dtype)
     return hidden, hidden.sum(1) / mask.sum(1, keepdim=True).clamp(min=1)
-
-
-def cache_folder() -> Path:
-    """Where embeddings are kept: HF_DIFFUSION_CACHE, or hf_diffusion beside the Hub's cache."""
-    return Path(os.environ.get("HF_DIFFUSION_CACHE") or Path(HF_HOME) / "hf_diffusion") / "captions"
 
 
 @contextmanager

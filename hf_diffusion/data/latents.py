@@ -8,7 +8,6 @@ parts, from which an interrupted run goes on. Letters: B samples, latents (D, h,
 import hashlib
 import json
 import logging
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,14 +15,13 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import PartialState
-from huggingface_hub.constants import HF_HOME
 from PIL import Image
 from tqdm.auto import tqdm
 
 from hf_diffusion.data.augmentation import FLIP, draws
 from hf_diffusion.data.autoencoders import decode, digest_of, encode, load_autoencoder
 from hf_diffusion.data.protocol import Batch, TrainingData
-from hf_diffusion.files import remove_partials, write_whole
+from hf_diffusion.files import cache_folder, remove_partials, write_whole
 
 
 logger = logging.getLogger(__name__)
@@ -31,11 +29,6 @@ logger = logging.getLogger(__name__)
 VERSION = 1
 # Samples of a file, and of a forward of the autoencoder.
 PART, ENCODED = 4096, 32
-
-
-def cache_folder() -> Path:
-    """Where latents are kept: HF_DIFFUSION_CACHE, or hf_diffusion beside the Hub's cache."""
-    return Path(os.environ.get("HF_DIFFUSION_CACHE") or Path(HF_HOME) / "hf_diffusion") / "latents"
 
 
 class LatentData(TrainingData):
@@ -148,7 +141,7 @@ def stored_latents(images: TrainingData, autoencoder: torch.nn.Module, digest: s
     Half precision: of latents of deviation 1 it keeps what is far below a grey level of the image.
     """
     identity = json.dumps([VERSION, images.fingerprint, len(images), digest, mirrored, PART])
-    folder = cache_folder() / hashlib.sha256(identity.encode()).hexdigest()[:24]
+    folder = cache_folder("latents") / hashlib.sha256(identity.encode()).hexdigest()[:24]
     parts = [range(start, min(start + PART, len(images))) for start in range(0, len(images), PART)]
     missing = [rows for rows in parts if not _part(folder, rows.start).is_file()]
     remove_partials(folder)

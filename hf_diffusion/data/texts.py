@@ -2,11 +2,9 @@
 
 import itertools
 import logging
-import os
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub.constants import HF_HOME
 from transformers import PreTrainedTokenizerBase
 
 from hf_diffusion.data.document_stream import DocumentStream, Piece, stream_documents
@@ -14,6 +12,7 @@ from hf_diffusion.data.documents import open_documents
 from hf_diffusion.data.text import TextData
 from hf_diffusion.data.text_stream import StreamingTextData
 from hf_diffusion.data.tokenizing import open_tokenizer, tokenize
+from hf_diffusion.files import cache_folder
 
 
 logger = logging.getLogger(__name__)
@@ -55,7 +54,7 @@ def load_text(
     documents = open_documents(*where)
     if isinstance(tokenizer, str):
         tokenizer = open_tokenizer(tokenizer, lambda: (text for _, text in documents.pieces()))
-    tokens, facts = tokenize(documents, tokenizer, Path(cache_dir) if cache_dir else cache_folder())
+    tokens, facts = tokenize(documents, tokenizer, Path(cache_dir) if cache_dir else cache_folder("tokens"))
     data = TextData(documents, tokens, facts, tokenizer, **cut)
     if not data.num_samples:
         moved = f" and {sequence_length - 1} to move the cuts by" if random_offset else ""
@@ -92,8 +91,3 @@ def _first_documents(documents: DocumentStream) -> list[Piece]:
         if characters >= FIRST_CHARACTERS:
             break
     return found
-
-
-def cache_folder() -> Path:
-    """Where tokens are kept: HF_DIFFUSION_CACHE, or hf_diffusion beside the Hub's cache."""
-    return Path(os.environ.get("HF_DIFFUSION_CACHE") or Path(HF_HOME) / "hf_diffusion") / "tokens"

@@ -19,8 +19,7 @@ from tqdm.auto import tqdm
 from hf_diffusion.data.protocol import TrainingData
 from hf_diffusion.data.waiting import main_first
 from hf_diffusion.evaluation.feature_networks import MOST_PIXELS, ResNetFeatures
-from hf_diffusion.evaluation.reference import cache_folder
-from hf_diffusion.files import remove_partials, write_whole
+from hf_diffusion.files import cache_folder, remove_partials, write_whole
 from hf_diffusion.randomness import derive_seed
 
 
@@ -84,7 +83,7 @@ def trained_network_file(data: TrainingData, cache_dir: str | os.PathLike | None
     recipe = [VERSION, data.fingerprint, len(data), STEPS, BATCH, LEARNING_RATE, WIDTH, HELD_OUT, classes]
     key = hashlib.sha256(json.dumps(recipe).encode()).hexdigest()[:8]
     name = re.sub(r"[^\w.-]+", "-", Path(data.name).name)
-    path = Path(cache_dir or cache_folder()) / f"trained-on-{name}-{key}.safetensors"
+    path = Path(cache_dir or cache_folder("reference")) / f"trained-on-{name}-{key}.safetensors"
     with main_first(PartialState()):
         if not path.is_file():
             net, accuracy = train_classifier(data)

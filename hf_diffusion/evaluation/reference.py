@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
-from huggingface_hub.constants import HF_HOME
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
@@ -20,7 +19,7 @@ from hf_diffusion.data.protocol import TrainingData
 from hf_diffusion.evaluation.distances import KEPT_FEATURES, Moments, in_order, selection
 from hf_diffusion.evaluation.feature_networks import FEATURE_BATCH, FeatureNetwork
 from hf_diffusion.evaluation.protocol import data_protocol
-from hf_diffusion.files import remove_partials, write_whole
+from hf_diffusion.files import cache_folder, remove_partials, write_whole
 
 
 # Of what a cache file holds.
@@ -41,11 +40,6 @@ class Reference:
     protocol: dict[str, Any]
 
 
-def cache_folder() -> Path:
-    """Where statistics are kept: HF_DIFFUSION_CACHE, or hf_diffusion beside the Hub's cache."""
-    return Path(os.environ.get("HF_DIFFUSION_CACHE") or Path(HF_HOME) / "hf_diffusion") / "reference"
-
-
 def reference_statistics(
     data: TrainingData, network: FeatureNetwork, cache_dir: str | os.PathLike | None = None
 ) -> Reference:
@@ -57,7 +51,7 @@ def reference_statistics(
     protocol = data_protocol(data)
     identity = [VERSION, KEPT_FEATURES, data.fingerprint, len(data), network.name, network.digest, network.dimension]
     key = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:24]
-    path = Path(cache_dir or cache_folder()) / f"{key}.safetensors"
+    path = Path(cache_dir or cache_folder("reference")) / f"{key}.safetensors"
     protocol["cache_key"] = key
     state = PartialState()
     tensors = _read(path)

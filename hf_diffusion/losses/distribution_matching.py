@@ -174,4 +174,4 @@ def check_levels(sigmas: Sequence[float], steps: int, highest: float | None) -> 
     falls = all(a > b for a, b in zip(sigmas, sigmas[1:]))
     if len(sigmas) != steps or not falls or (highest is not None and sigmas[0] > highest):
         bound = "" if highest is None else f" from at most {highest:g}, the highest level of init_from,"
-        raise ValueError(f"student_sigmas {', '.join(map(str, sigmas))} must be {steps}, dmd_steps, falling{bound}")
+        raise ValueError(f"student_sigmas {', '.join(map(str, sigmas))} must be {steps} of them, falling{bound}")

@@ -51,9 +51,10 @@ class ConsistencyScheduler(CMStochasticIterativeScheduler, SchedulerMixin, Confi
 
     It is the stock class with these differences: noise levels are float64; the last step is exact,
     where the stock one takes the root of a negative number for some `sigma_min` (0.009 for one);
-    levels can be named; noise can be given. With the defaults of the last five arguments the stock
-    class loads its configuration and draws the same. With another prediction_type, trained_sigmas
-    or time_scale it must not: it would tell the network other timesteps, without a word.
+    levels can be named; noise can be given. With the defaults of the last six arguments the stock
+    class loads its configuration and draws the same. With another prediction_type, trained_sigmas,
+    time_scale or renoise it must not: it would tell the network other timesteps, or go other ways,
+    without a word.
 
     Args:
         num_train_timesteps: N of the grid of levels that sampling chooses from; a grid of training
@@ -73,6 +74,9 @@ class ConsistencyScheduler(CMStochasticIterativeScheduler, SchedulerMixin, Confi
             in the stock class, where it is higher than is good for two steps.
         sampling_sigmas: the only levels, falling, at which the network was trained to be called.
             Runs of as many steps visit them, runs of fewer some of them.
+        renoise: False keeps the noise of a level for the next one, which is a step of Euler's
+            along the probability flow. So do students of a teacher's trajectories; a run of theirs
+            visits all of `sampling_sigmas`.
     """
 
     @register_to_config
@@ -90,6 +94,7 @@ class ConsistencyScheduler(CMStochasticIterativeScheduler, SchedulerMixin, Confi
         time_scale: float = 250.0,
         sampling_sigma_min: float | None = None,
         sampling_sigmas: Sequence[float] | None = None,
+        renoise: bool = True,
     ):
         if not isinstance(num_train_timesteps, int) or num_train_timesteps < 2:
             raise ValueError(f"num_train_timesteps must be a whole number of at least 2, got {num_train_timesteps!r}")
@@ -112,6 +117,8 @@ class ConsistencyScheduler(CMStochasticIterativeScheduler, SchedulerMixin, Confi
                 raise ValueError(f"trained_sigmas must rise from above 0, got {len(self._log_sigmas)} that do not")
         if sampling_sigmas is not None:
             self._checked(sampling_sigmas)
+        if not renoise and not sampling_sigmas:
+            raise ValueError("renoise False is for a network with levels of its own; name sampling_sigmas")
         self.num_inference_steps: int | None = None
         self.custom_timesteps = self.is_scale_input_called = False
         self._start(karras_sigmas(num_train_timesteps, sigma_min, sigma_max, rho), None)
@@ -220,6 +227,8 @@ class ConsistencyScheduler(CMStochasticIterativeScheduler, SchedulerMixin, Confi
                 "the grid"
             )
         trained = config.sampling_sigmas or ()
+        if not config.renoise and steps != len(trained):
+            raise ValueError(f"num_inference_steps={steps} must be {len(trained)}: this model was trained for so many")
         if steps <= len(trained):
             return self._checked([trained[i * len(trained) // steps] for i in range(steps)])
         if config.sampling_sigma_min is None:
@@ -245,7 +254,7 @@ class ConsistencyScheduler(CMStochasticIterativeScheduler, SchedulerMixin, Confi
 
     def is_deterministic(self) -> bool:
         """Whether the first noise decides the sample, as it does in a run of one step."""
-        return self.num_inference_steps == 1
+        return self.num_inference_steps == 1 or not self.config.renoise
 
     def scale_model_input(self, sample: Tensor, timestep: float | Tensor) -> Tensor:
         """What the network is shown: c_in x."""
@@ -263,7 +272,7 @@ class ConsistencyScheduler(CMStochasticIterativeScheduler, SchedulerMixin, Confi
         return_dict: bool = True,
         noise: Tensor | None = None,
     ) -> ConsistencySchedulerOutput | tuple[Tensor, Tensor]:
-        """Estimate x_0 from the network's output and add the next level's noise.
+        """Estimate x_0 from the network's output, and go to the next level.
 
         Args:
             model_output: F at `timestep`, one of `timesteps`, for `sample`.
@@ -275,13 +284,21 @@ class ConsistencyScheduler(CMStochasticIterativeScheduler, SchedulerMixin, Confi
         sigma, following = self.sigmas[self.step_index], float(self.sigmas[self.step_index + 1])
         _, c_skip, c_out = (float(c) for c in self.scalings(sigma))
         x_0 = c_out * model_output[:, : sample.shape[1]] + c_skip * sample
-        if self.config.clip_denoised:
+        is_last = self.step_index + 1 == len(self.timesteps)
+        # what a step of Euler's leads to need not lie between samples and noise
+        if self.config.clip_denoised and (self.config.renoise or is_last):
             x_0 = x_0.clamp(-1, 1)
+        if not self.config.renoise:
+            kept = 0.0 if is_last else following / float(sigma)
+            return self._stepped(x_0 + kept * (sample - x_0), x_0, return_dict)
         if noise is None and len(self.timesteps) > 1:
             noise = randn_tensor(x_0.shape, generator=generator, device=x_0.device, dtype=x_0.dtype)
         # of levels that rounding has brought below sigma_min, the root would be NaN
         scale = self.config.s_noise * math.sqrt(max(following**2 - self.config.sigma_min**2, 0.0))
         prev_sample = x_0 if noise is None or scale == 0 else x_0 + scale * noise
+        return self._stepped(prev_sample, x_0, return_dict)
+
+    def _stepped(self, prev_sample: Tensor, x_0: Tensor, return_dict: bool) -> ConsistencySchedulerOutput | tuple:
         self._step_index += 1
         if not return_dict:
             return prev_sample, x_0
