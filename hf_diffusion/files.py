@@ -8,13 +8,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from huggingface_hub.constants import HF_HOME
-
 
 def cache_folder(kind: str) -> Path:
     """Where things of a kind are kept that cost time to make: in HF_DIFFUSION_CACHE, or in
     hf_diffusion beside the Hub's cache.
     """
+    # Here, since commands that keep nothing answer without it.
+    from huggingface_hub.constants import HF_HOME
+
     return Path(os.environ.get("HF_DIFFUSION_CACHE") or Path(HF_HOME) / "hf_diffusion") / kind
 
 

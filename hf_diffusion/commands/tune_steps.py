@@ -53,10 +53,9 @@ class TuneStepsCommand(SamplingOptions, Command):
                 f"--num_inference_steps {self.num_inference_steps} must be fewer than the --reference_steps "
                 f"{self.reference_steps}"
             )
-        if self.save and (self.solver != "unipc" or not self.config_file.is_file()):
+        if self.save and self.solver != "unipc":
             raise UsageError(
-                f"--save is for a pipeline in a local folder, with scheduler/{SCHEDULER_CONFIG_NAME}, and for the "
-                f"scheduler unipc, not for {self.pipeline} and {self.solver}; leave it out, or give --output"
+                f"--save is for the scheduler unipc, not for {self.solver}; leave it out, or give --output"
             )
 
     def run(self) -> None:
@@ -66,6 +65,10 @@ class TuneStepsCommand(SamplingOptions, Command):
         from hf_diffusion.sampling import drawing
         from hf_diffusion.sampling.loading import load_for_sampling
 
+        if self.save and not self.config_file.is_file():
+            raise UsageError(
+                f"--save writes {self.config_file}, which is not there; leave it out, or give a local folder"
+            )
         pipeline = load_for_sampling(dataclasses.replace(self, scheduler=self.solver))
         options, scheduler = drawing.call_options(pipeline, self), pipeline.scheduler
         self.check(pipeline, options)

@@ -68,6 +68,11 @@ def test_what_is_saved_is_what_unipc_takes_for_so_many_steps_and_for_no_others(f
     assert run(*searched) == 0 and json.loads((tmp_path / "steps.json").read_text())["timesteps"] == timesteps
 
 
+def test_a_model_that_is_no_local_folder_cannot_be_written_to(capsys):
+    assert run("tune-steps", "somebody/something", *SMALL, "--save") == 2
+    assert "scheduler_config.json, which is not there; leave it out" in capsys.readouterr().err
+
+
 def test_where_nothing_is_gained_nothing_is_written_and_that_is_said(folders, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(step_search, "search", lambda distance, start, total: tuple(start))
     file = tmp_path / "steps.json"
@@ -83,7 +88,10 @@ def test_where_nothing_is_gained_nothing_is_written_and_that_is_said(folders, tm
         (("--num_inference_steps", 4, "--scheduler", "deis"), "takes timesteps and draws nothing; take unipc"),
         (("--num_inference_steps", 4, "--scheduler", "ddim", "--eta", 1), "without --eta"),
         (("--num_inference_steps", 4, "--class_labels", "nine"), "--class_labels nine"),
-        (("--num_inference_steps", 4, "--scheduler", "ddim", "--save"), "and for the scheduler unipc, not for"),
+        (
+            ("--num_inference_steps", 4, "--scheduler", "ddim", "--save"),
+            "--save is for the scheduler unipc, not for ddim",
+        ),
     ],
 )
 def test_what_cannot_be_searched_is_refused_in_a_sentence(folders, words, message, capsys):
