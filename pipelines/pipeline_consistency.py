@@ -38,6 +38,10 @@ class ConsistencyPipeline(SamplingMixin, SelfContainedMixin, DiffusionPipeline):
         self.register_modules(unet=unet, scheduler=scheduler)
         self.register_id2label(id2label)
 
+    def default_options(self) -> dict[str, Any]:
+        """The values of options of a call that follow from the model where they are not given."""
+        return {"num_inference_steps": len(self.scheduler.config.get("sampling_sigmas") or ()) or 1}
+
     def example_call(self) -> dict[str, Any]:
         """Arguments of a call that draws a few samples, in two steps or those of the training."""
         trained = self.scheduler.config.get("sampling_sigmas")
@@ -119,7 +123,7 @@ class ConsistencyPipeline(SamplingMixin, SelfContainedMixin, DiffusionPipeline):
         """
         labels, batch = self.prepare_labels(class_labels, batch_size, num_images_per_label)
         if num_inference_steps is None:
-            num_inference_steps = len(self.scheduler.config.get("sampling_sigmas") or ()) or 1
+            num_inference_steps = self.default_options()["num_inference_steps"]
         self.check_steps(num_inference_steps, timesteps)
         self.check_guidance(labels, guidance_scale)
         self.check_common(

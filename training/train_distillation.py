@@ -46,6 +46,7 @@ class DistillationConfig(MeasureOptions, TrajectoryOptions, ClassOptions, Traini
     method: ClassVar[str] = "trajectory-distillation"
     kind: ClassVar[str] = "few-step model distilled from trajectories"
     tags: ClassVar[tuple[str, ...]] = ("distillation", "few-step")
+    learns_from: ClassVar[str | None] = "trajectories"
 
     init_from: str | None = option(
         None,

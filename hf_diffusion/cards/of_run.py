@@ -145,7 +145,7 @@ def _training(facts: RunFacts) -> dict[str, Any]:
         "command": facts.command,
         "started_from": facts.started_from,
         "steps": facts.steps,
-        f"{kind_of(facts.data)}_seen": facts.steps * facts.global_batch,
+        f"{facts.config.learns_from or kind_of(facts.data)}_seen": facts.steps * facts.global_batch,
         "global_batch": facts.global_batch,
         "processes": facts.processes,
         "wall_time_s": round(facts.wall_time_s, 1),

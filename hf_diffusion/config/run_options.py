@@ -35,6 +35,8 @@ class TrainingConfig:
     tags: ClassVar[tuple[str, ...]] = ()
     # What the grids of a run show.
     grids: ClassVar[str] = "Samples"
+    # What a step learns from, where it is not the data: a word for the card.
+    learns_from: ClassVar[str | None] = None
     # The Hub's task, such as image-classification; None where it follows from the data that a
     # pipeline draws.
     task: ClassVar[str | None] = None

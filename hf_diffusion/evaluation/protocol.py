@@ -37,6 +37,11 @@ def sampling_protocol(pipeline: DiffusionPipeline, batch_size: int, options: dic
     parameters = inspect.signature(pipeline.__call__).parameters
     defaults = {name: parameters[name].default for name in sampling_options(pipeline) if name in parameters}
     defaults |= getattr(pipeline, "default_options", dict)()
+    used = {k: v for k, v in (defaults | options).items() if v is not inspect.Parameter.empty}
+    # UniPC takes what a search has found for so many steps.
+    tuned = getattr(pipeline.scheduler, "tuned_timesteps", lambda steps: None)(used.get("num_inference_steps"))
+    if tuned is not None and used.get("timesteps") is None:
+        used["timesteps"] = list(tuned)
     return {
         "pipeline": type(pipeline).__name__,
         "weights_sha256": {name: hash_tensors(module.state_dict()) for name, module in modules.items()},
@@ -45,7 +50,7 @@ def sampling_protocol(pipeline: DiffusionPipeline, batch_size: int, options: dic
         "dtype": str(pipeline.dtype).removeprefix("torch."),
         "device": pipeline.device.type,
         "chunk_size": batch_size,
-        "options": {k: v for k, v in (defaults | options).items() if v is not inspect.Parameter.empty},
+        "options": used,
     }
 
 

@@ -268,8 +268,8 @@ class ConsistencyObjective(Objective):
 
     def identity(self) -> dict[str, Any]:
         """The process, and the teacher that a checkpoint belongs to."""
-        # of sampling alone, and not in checkpoints of versions that did not have it
-        others = ("sampling_sigmas",)
+        # of sampling alone, and not in checkpoints of versions that did not have them
+        others = ("sampling_sigmas", "renoise")
         config = {
             name: value
             for name, value in self.scheduler.config.items()

@@ -61,6 +61,9 @@ def load_for_sampling(options: SamplingOptions) -> DiffusionPipeline:
     # A pipeline need not have one.
     if asked != (None, None):
         pipeline.scheduler = replace_scheduler(getattr(pipeline, "scheduler", None), *asked, ways_of_its_own(pipeline))
+    found = getattr(getattr(pipeline, "scheduler", None), "tuned_timesteps", lambda steps: None)
+    if options.timesteps is None and (tuned := found(options.num_inference_steps)):
+        print(f"timesteps {','.join(map(str, tuned))}, which tune-steps has found for this model")
     if options.guide_by is not None:
         pipeline = guided_by(pipeline, options.guide_by)
         check_scale_is_given(pipeline, options)

@@ -27,6 +27,10 @@ class UniPCTimestepsScheduler(UniPCMultistepScheduler, SchedulerMixin):
         "ImprovedPNDMScheduler",
     ]
 
+    def tuned_timesteps(self, num_inference_steps: int | None) -> Sequence[int] | None:
+        """What a search has found for so many steps; None for nothing."""
+        return (self.config.get("_tuned_timesteps") or {}).get(str(num_inference_steps))
+
     def set_timesteps(
         self,
         num_inference_steps: int | None = None,
@@ -42,7 +46,7 @@ class UniPCTimestepsScheduler(UniPCMultistepScheduler, SchedulerMixin):
         chooses levels, too.
         """
         if timesteps is None and sigmas is None:
-            timesteps = (self.config.get("_tuned_timesteps") or {}).get(str(num_inference_steps))
+            timesteps = self.tuned_timesteps(num_inference_steps)
         if timesteps is None:
             return super().set_timesteps(num_inference_steps, device, sigmas, mu)
         total, chosen = self.config.num_train_timesteps, [int(t) for t in timesteps]

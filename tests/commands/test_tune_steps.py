@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from hf_diffusion.evaluation import step_search
+from hf_diffusion.evaluation.protocol import sampling_protocol
 from hf_diffusion.hub.loading import load_pipeline
 from hf_diffusion.sampling.loading import replace_scheduler
 from hf_diffusion.schedulers.scheduling_unipc import UniPCTimestepsScheduler
@@ -52,6 +53,12 @@ def test_what_is_saved_is_what_unipc_takes_for_so_many_steps_and_for_no_others(f
         for each in (scheduler, other):
             each.set_timesteps(steps)
         assert torch.equal(scheduler.timesteps, other.timesteps)
+    # the command says so, and the protocol of a figure does
+    unipc_pipeline = load_pipeline(model)
+    unipc_pipeline.scheduler = unipc
+    recorded = sampling_protocol(unipc_pipeline, 4, {"num_inference_steps": 3})["options"]
+    assert recorded["timesteps"] == timesteps
+    assert sampling_protocol(unipc_pipeline, 4, {"num_inference_steps": 4})["options"].get("timesteps") is None
     drawn = []
     for npz, chosen in (
         (tmp_path / "a.npz", ("--timesteps", ",".join(map(str, timesteps)))),
@@ -60,6 +67,7 @@ def test_what_is_saved_is_what_unipc_takes_for_so_many_steps_and_for_no_others(f
         assert run("sample", model, "--scheduler", "unipc", *chosen, "--npz", npz, "--num_images", 3) == 0
         drawn.append(np.load(npz)["images"])
     assert (drawn[0] == drawn[1]).all()
+    assert "which tune-steps has found for this model" in capsys.readouterr().out
     # a spacing that is asked for stands above them
     spaced = replace_scheduler(pipeline.scheduler, "unipc", "trailing")
     spaced.set_timesteps(3)

@@ -196,6 +196,15 @@ def test_a_guided_teacher_leads_the_trajectory_where_guidance_does():
     )
 
 
+def test_a_checkpoint_of_a_version_without_levels_of_sampling_belongs_to_its_process_still():
+    o = objective(3, objective="improved")
+    o.scheduler = ConsistencyScheduler()
+    # found by the version that had no such settings
+    assert o.identity()["process"].startswith("8c313ad49c745d9f")
+    o.scheduler = ConsistencyScheduler(sigma_max=70.0)
+    assert not o.identity()["process"].startswith("8c313ad49c745d9f")
+
+
 def test_labels_are_dropped_in_training_only():
     o, seen = objective(3, objective="improved", label_dropout=0.5), []
     o.scheduler = SimpleNamespace(

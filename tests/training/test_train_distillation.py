@@ -13,6 +13,7 @@ from torch import nn
 
 from hf_diffusion import ConsistencyPipeline, cli
 from hf_diffusion.config.command_line import parse_config
+from hf_diffusion.evaluation.protocol import sampling_protocol
 from hf_diffusion.hub.loading import load_pipeline
 from hf_diffusion.loop import trajectories
 from hf_diffusion.sampling.drawing import draw
@@ -95,9 +96,12 @@ def test_what_is_saved_draws_in_the_calls_that_it_was_trained_for_and_in_no_othe
     again = draw(pipe, range(8), [i % 8 for i in range(8)], num_inference_steps=2)
     assert points.shape == (8, 2)
     np.testing.assert_allclose(points, again, rtol=1e-5, atol=1e-5)
+    # a figure that leaves the steps to the model tells them
+    assert sampling_protocol(pipe, 8, {})["options"]["num_inference_steps"] == 2
     with pytest.raises(ValueError, match="must be 2: this model was trained for so many"):
         pipe(batch_size=1, num_inference_steps=4, output_type="np")
     card = (finished / "README.md").read_text()
+    assert "| trajectories seen | 112 |" in card and "images seen" not in card
     assert "Progressive Distillation" in card and "few-step model distilled from trajectories" in card
     log, held_out = ([r for r in metrics(finished) if name in r] for name in ("loss", "eval_loss"))
     assert len(log) == 4 and len(held_out) == 3 and (finished / "loss_curve.png").is_file()
