@@ -60,6 +60,7 @@ def load_for_sampling(options: SamplingOptions) -> DiffusionPipeline:
     asked = (options.scheduler, options.timestep_spacing)
     # A pipeline need not have one.
     if asked != (None, None):
+        check_takes_others(pipeline, options.scheduler)
         pipeline.scheduler = replace_scheduler(getattr(pipeline, "scheduler", None), *asked, ways_of_its_own(pipeline))
     found = getattr(getattr(pipeline, "scheduler", None), "tuned_timesteps", lambda steps: None)
     if options.timesteps is None and (tuned := found(options.num_inference_steps)):
@@ -71,6 +72,23 @@ def load_for_sampling(options: SamplingOptions) -> DiffusionPipeline:
     if options.fast:
         print(f"fast: {speed_up(pipeline, options.compile_mode)}")
     return pipeline
+
+
+def check_takes_others(pipeline: DiffusionPipeline, name: str | None) -> None:
+    """UsageError for a scheduler in a pipeline that was written for one with more to ask.
+
+    Such are diffusers' DDIMPipeline and DDPMPipeline, which give their scheduler's steps all that
+    it takes.
+    """
+    written_for = typing.get_type_hints(type(pipeline).__init__).get("scheduler")
+    if name not in SCHEDULERS or not hasattr(written_for, "step") or written_for is SchedulerMixin:
+        return
+    asked, taken = (inspect.signature(cls.step).parameters.keys() for cls in (written_for, SCHEDULERS[name]))
+    if missing := asked - taken:
+        raise UsageError(
+            f"--scheduler {name}: {type(pipeline).__name__} asks {written_for.__name__} for "
+            f"{', '.join(sorted(missing))}, which {SCHEDULERS[name].__name__} does not take; leave it out"
+        )
 
 
 def ways_of_its_own(pipeline: DiffusionPipeline) -> str:

@@ -4,12 +4,27 @@ from typing import get_args
 
 import pytest
 import torch
-from diffusers import DDPMScheduler, EDMEulerScheduler, FlowMatchEulerDiscreteScheduler
+from diffusers import (
+    DDIMPipeline,
+    DDIMScheduler,
+    DDPMPipeline,
+    DDPMScheduler,
+    EDMEulerScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    UNet2DModel,
+)
 
 from hf_diffusion.config.options import UsageError
 from hf_diffusion.models.ncsnpp_ddgan import DDGANGenerator
 from hf_diffusion.pipelines.pipeline_ddgan import DDGANPipeline
-from hf_diffusion.sampling.loading import DTYPES, SCHEDULERS, guided_by, replace_scheduler, ways_of_its_own
+from hf_diffusion.sampling.loading import (
+    DTYPES,
+    SCHEDULERS,
+    check_takes_others,
+    guided_by,
+    replace_scheduler,
+    ways_of_its_own,
+)
 from hf_diffusion.sampling.options import SamplingOptions, SchedulerName
 from hf_diffusion.schedulers.scheduling_ddgan import DDGANScheduler
 from hf_diffusion.schedulers.scheduling_edm import EDMHeunScheduler
@@ -69,6 +84,18 @@ def test_a_process_of_another_kind_is_refused_in_a_true_sentence(former):
             f"--scheduler {name}: the process of this pipeline's {former.__name__} is not one that {cls.__name__} can "
             f"sample; {instead}"
         )
+
+
+def test_a_stock_pipeline_keeps_the_scheduler_that_it_was_written_for():
+    unet = UNet2DModel(sample_size=8, block_out_channels=(8,), norm_num_groups=4, layers_per_block=1,
+                       down_block_types=("DownBlock2D",), up_block_types=("UpBlock2D",))  # fmt: skip
+    with pytest.raises(UsageError, match="--scheduler unipc: DDIMPipeline asks DDIMScheduler for eta, generator, "):
+        check_takes_others(DDIMPipeline(unet, DDIMScheduler()), "unipc")
+    with pytest.raises(UsageError, match="DDPMPipeline asks DDPMScheduler for generator, which UniPC"):
+        check_takes_others(DDPMPipeline(unet, DDPMScheduler()), "unipc")
+    # which takes what ancestral steps take
+    check_takes_others(DDPMPipeline(unet, DDPMScheduler()), "ddim")
+    check_takes_others(make_flow(), "unipc")
 
 
 def test_a_spacing_is_for_schedulers_that_know_one():
