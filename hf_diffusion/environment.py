@@ -1,5 +1,6 @@
 """What a run ran on: versions, hardware and the state of the code."""
 
+import functools
 import importlib.metadata
 import os
 import platform
@@ -48,6 +49,7 @@ def cpu_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+@functools.cache
 def cpu_multiplies_bf16() -> bool:
     """Whether this CPU has instructions for products in bfloat16; elsewhere float32 is faster."""
     try:

@@ -4,7 +4,7 @@ Jordan et al. 2024, https://kellerjordan.github.io/posts/muon. The length of a s
 arXiv:2502.16982, section 2.2: a matrix moves as far as AdamW would move it, so that learning rate
 and weight decay of AdamW serve both. torch.optim.Muon is the same for matrices alone, one at a time
 and in bfloat16; here kernels of convolutions are matrices (out, in * kh * kw), those of one shape
-are taken together, and a CPU computes in float32.
+are taken together, and a CPU without products in bfloat16 computes in float32.
 """
 
 import math
@@ -13,6 +13,8 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
+
+from hf_diffusion.environment import cpu_multiplies_bf16
 
 
 # Of x -> a x + b x^3 + c x^5, which brings singular values from (0, 1] to about 1 in few steps.
@@ -26,9 +28,9 @@ FEW_CHANNELS = 16
 def orthogonalized(matrices: Tensor) -> Tensor:
     """U V^T for matrices U S V^T (B, M, N): singular values near 1 by Newton-Schulz iterations.
 
-    In bfloat16 on a GPU, where that is far faster and enough, else in float32.
+    In bfloat16 where the device multiplies it, which is far faster and enough, else in float32.
     """
-    x = matrices.to(torch.bfloat16 if matrices.is_cuda else torch.float32)
+    x = matrices.to(torch.bfloat16 if matrices.is_cuda or cpu_multiplies_bf16() else torch.float32)
     is_tall = x.shape[1] > x.shape[2]
     x = x.mT if is_tall else x
     x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)

@@ -11,7 +11,9 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
+from hf_diffusion.config import preset
 from hf_diffusion.config.options import option
+from hf_diffusion.config.preset import Choice, Circumstances
 from hf_diffusion.losses.augmentation import told
 from hf_diffusion.losses.gaussian import hybrid_loss, loss_weight, simple_loss, vlb_loss
 from hf_diffusion.losses.noise_levels import LossSecondMomentSampler, antithetic, logit_normal, stratified, timesteps
@@ -60,6 +62,11 @@ class DenoisingOptions:
     min_snr_gamma: float = option(5.0, "cap on the signal-to-noise ratio of min_snr", above=0)
     p2_gamma: float = option(1.0, "exponent of p2", at_least=0)
     p2_k: float = option(1.0, "offset of p2", above=0)
+
+    def auto_settings(self, circumstances: Circumstances) -> dict[str, Choice]:
+        """The optimizer and the levels that teach most in few minutes of a CPU."""
+        given = {name: getattr(self, name) for name in self.given}
+        return preset.denoising(super().auto_settings(circumstances), circumstances, given)
 
     @property
     def learns_variance(self) -> bool:

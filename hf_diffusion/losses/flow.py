@@ -12,7 +12,9 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from hf_diffusion.config import preset
 from hf_diffusion.config.options import option
+from hf_diffusion.config.preset import Choice, Circumstances
 from hf_diffusion.losses.augmentation import told
 from hf_diffusion.losses.noise_levels import antithetic, logit_normal, stratified
 from hf_diffusion.losses.objective import Objective, Player, Values
@@ -78,6 +80,11 @@ class FlowMatchingOptions:
     contrastive_weight: float = option(
         0.0, "how much the velocity is pushed away from that of another image, such as 0.05", at_least=0, below=1
     )
+
+    def auto_settings(self, circumstances: Circumstances) -> dict[str, Choice]:
+        """The optimizer and the levels that teach most in few minutes of a CPU."""
+        given = {name: getattr(self, name) for name in self.given}
+        return preset.denoising(super().auto_settings(circumstances), circumstances, given)
 
     def check(self) -> None:
         """ValueError for settings that contradict each other."""

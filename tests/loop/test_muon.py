@@ -34,7 +34,8 @@ def test_an_update_keeps_the_directions_of_a_matrix_and_makes_all_as_long(shape)
     u, _, v = torch.linalg.svd(matrices, full_matrices=False)
     turned = u.mT @ orthogonalized(matrices) @ v.mT  # diagonal, where the directions are kept
     lengths = turned.diagonal(dim1=1, dim2=2)
-    torch.testing.assert_close(turned, torch.diag_embed(lengths), rtol=0, atol=1e-4)
+    # Where the device multiplies bfloat16 an update has its 8 bits.
+    torch.testing.assert_close(turned, torch.diag_embed(lengths), rtol=0, atol=2e-2)
     assert 0.6 < lengths.min() and lengths.max() < 1.3
 
 

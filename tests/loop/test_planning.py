@@ -10,14 +10,16 @@ from hf_diffusion.loop.learning_rate import DECAY_SHARE
 from hf_diffusion.loop.planning import own_defaults
 from hf_diffusion.loop.trainer import Trainer
 from hf_diffusion.training.train_ddpm import DDPMConfig
+from hf_diffusion.training.train_edm import EDMConfig
+from hf_diffusion.training.train_flow import FlowConfig
 from tests.loop.test_start import parsed, png_folder
 
 
 FACTS = {"samples": 5000, "classes": 10, "of_a_class": 500, "device": "cpu", "cores": 2, "bf16": True}
 
 
-def chosen(shape, **changes) -> dict:
-    config = parsed("--data", "x/y", "--preset", "auto")
+def chosen(shape, *words: str, cls: type = DDPMConfig, **changes) -> dict:
+    config = parsed("--data", "x/y", "--preset", "auto", *words, cls=cls)
     choices = config.auto_settings(Circumstances(sample_shape=shape, **{**FACTS, **changes}))
     assert all(choice.reason for choice in choices.values())
     return {name: value for choice in choices.values() for name, value in choice.settings.items()}
@@ -134,6 +136,29 @@ def test_precision_compilation_and_layout_go_together():
     old = chosen((3, 32, 32), device="cuda", bf16=False)
     assert old["mixed_precision"] == "no" and "channels_last" not in old and "torch_compile" not in old
     assert chosen((2,))["mixed_precision"] == "no"
+
+
+@pytest.mark.parametrize("cls", [DDPMConfig, FlowConfig])
+def test_a_cpu_learns_images_by_muon_at_the_middle_levels_unless_something_else_is_given(cls):
+    def of(shape, *words: str, **changes) -> tuple:
+        found = chosen(shape, *words, cls=cls, **changes)
+        return found.get("optimizer"), found["learning_rate"], found.get("level_distribution")
+
+    assert of((1, 28, 28)) == ("muon", 3e-3, "logit_normal")
+    # at its own rate
+    assert of((1, 28, 28), "--optimizer", "adamw") == (None, 1e-3, "logit_normal")
+    assert of((1, 28, 28), device="cuda") == (None, 4e-4, None) and of((2,)) == (None, 1e-3, None)
+
+
+def test_levels_that_are_chosen_leave_room_for_what_says_how_often_a_timestep_comes():
+    for words in (["--timestep_sampling", "loss_second_moment"], ["--objective", "vlb"]):
+        found = chosen((1, 28, 28), *words)
+        assert found["optimizer"] == "muon" and "level_distribution" not in found
+
+
+def test_other_methods_are_trained_as_before():
+    found = chosen((1, 28, 28), cls=EDMConfig)
+    assert found["learning_rate"] == 1e-3 and "optimizer" not in found and "level_distribution" not in found
 
 
 def test_classes_are_learned_where_each_has_samples_enough():

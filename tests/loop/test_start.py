@@ -26,8 +26,8 @@ def png_folder(folder: Path, classes=("ant", "bee"), each: int = 16, size: int =
     return folder
 
 
-def parsed(*words: str) -> DDPMConfig:
-    return parse_config(DDPMConfig, words, prog="program")
+def parsed(*words: str, cls: type = DDPMConfig):
+    return parse_config(cls, words, prog="program")
 
 
 def complaint(capsys, *words: str) -> str:
