@@ -179,7 +179,7 @@ def arithmetic(c: Circumstances) -> Choice:
     if not c.are_images or not c.bf16:
         return Choice({"mixed_precision": "no"}, "float32 is fastest here")
     if c.on_cpu:
-        # Not channels_last: 72 images/s on one core and no more on two, where without it 80 and 110
+        # Not channels_last: 72 images/s on one core and no more on two, where without it 80 and 105
         # (4.3 M weights, 28 px, AVX512-BF16).
         return Choice({"mixed_precision": "bf16"}, "this CPU multiplies bf16")
     # On an H100 together 60 ms a step, channels_last alone 108, neither 90 (35.7 M weights, 32 px).
