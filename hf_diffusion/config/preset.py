@@ -146,8 +146,9 @@ def optimization(c: Circumstances) -> Choice:
 
 
 def denoising(chosen: dict[str, Choice], c: Circumstances, given: Mapping[str, Any]) -> dict[str, Choice]:
-    """What DDPM and flow matching learn most by in few minutes of a CPU, beside what is chosen for
-    every method: Muon, at three times the rate of AdamW, and levels (docs/training.md).
+    """What DDPM and flow matching, of captions too, learn most by in few minutes of a CPU, beside
+    what is chosen for every method: Muon at three times the rate of AdamW, and levels
+    (docs/training.md).
 
     given: settings of the user, which these have to fit.
     """
