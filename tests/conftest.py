@@ -1,7 +1,6 @@
 """What all tests share: the device, accelerate's state, and a Hub on loopback."""
 
 import os
-from unittest import mock
 
 import pytest
 import torch
@@ -27,7 +26,11 @@ def pytest_runtest_protocol(item):
     """
     if item.get_closest_marker("gpu"):
         return (yield)
-    with mock.patch.dict(os.environ, ON_CPU), mock.patch("torch.cuda.is_available", return_value=False):
+    # Of the environment these alone are put back: a fixture of the module may have set others.
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in ON_CPU.items():
+            patch.setenv(name, value)
+        patch.setattr(torch.cuda, "is_available", lambda: False)
         return (yield)
 
 

@@ -83,6 +83,7 @@ def build_scheduler(config: DistillationConfig, data: TrainingData, process: dic
         clip_denoised=data.kind == "images",
         sampling_sigmas=sigmas,
         renoise=False,
+        predicts_end=config.student_targets == "end",
         **process,
     )
 
@@ -99,8 +100,9 @@ def build(config: DistillationConfig, accelerator: Accelerator, data: TrainingDa
             "out, and init_from was not; give 1"
         )
     scheduler = build_scheduler(config, data, process)
+    teacher = copy.deepcopy(student)
     follow = partial(
-        kept_trajectories, accelerator, copy.deepcopy(student), scheduler, config, config.seed, data.sample_shape
+        kept_trajectories, accelerator, teacher, scheduler, config, config.seed, data.sample_shape, config.dry_run
     )
     total = config.total_steps(data.num_samples, accelerator.num_processes)
     objective = TrajectoryObjective(scheduler, student, follow, config, config.learning_rate, total)

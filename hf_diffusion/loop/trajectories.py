@@ -3,8 +3,10 @@
 Shapes: N trajectories of samples (...), n calls of the student.
 """
 
+import copy
 import hashlib
 import json
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,6 +18,7 @@ from tqdm.auto import tqdm
 
 from hf_diffusion.data.waiting import main_first
 from hf_diffusion.files import cache_folder, remove_partials, write_whole
+from hf_diffusion.loop.rehearsal import in_time
 from hf_diffusion.losses.consistency_objective import digest
 from hf_diffusion.losses.trajectory import finer, follow
 from hf_diffusion.losses.trajectory_objective import Trajectories, TrajectoryOptions
@@ -35,12 +38,20 @@ def kept_trajectories(
     options: TrajectoryOptions,
     seed: int,
     sample_shape: tuple[int, ...],
+    is_trial: bool = False,
 ) -> Trajectories:
-    """Those on disk, or else drawn now, in half precision, in the precision of the run."""
-    process = sorted((name, value) for name, value in scheduler.config.items() if not name.startswith("_"))
+    """Those on disk, or else drawn now, in half precision, in the precision of the run.
+
+    A trial draws a part of them, keeps none and says how long all will take.
+    """
+    # what the student aims at changes no state of the teacher
+    ours = (item for item in scheduler.config.items() if not item[0].startswith("_") and item[0] != "predicts_end")
+    process = sorted(ours)
     how = (options.trajectories, options.teacher_steps, options.teacher_guidance_scale, options.label_dropout)
     identity = json.dumps([VERSION, digest(teacher), repr(process), how, seed, accelerator.mixed_precision])
     file = cache_folder("trajectories") / f"{hashlib.sha256(identity.encode()).hexdigest()[:24]}.safetensors"
+    if is_trial and not file.is_file():
+        return tried(accelerator, teacher, scheduler, options, seed, sample_shape)
     with main_first(accelerator):
         if not file.is_file():
             remove_partials(file.parent)
@@ -48,6 +59,25 @@ def kept_trajectories(
             write(file, {name: value for name, value in drawn._asdict().items() if value is not None})
     found = {name: value.to(accelerator.device) for name, value in load_file(file).items()}
     return Trajectories(found["states"], found.get("labels"))
+
+
+def tried(
+    accelerator: Accelerator,
+    teacher: nn.Module,
+    scheduler: ConsistencyScheduler,
+    options: TrajectoryOptions,
+    seed: int,
+    sample_shape: tuple[int, ...],
+) -> Trajectories:
+    """Some trajectories, and a sentence about the time of all."""
+    fewer = copy.copy(options)
+    fewer.trajectories, began = min(PART, options.trajectories), time.perf_counter()
+    drawn = draw(accelerator, teacher, scheduler, fewer, seed, sample_shape)
+    seconds = (time.perf_counter() - began) * options.trajectories / fewer.trajectories
+    accelerator.print(
+        f"expected: {in_time(seconds)} for the teacher's {options.trajectories:,} trajectories, which are drawn first"
+    )
+    return Trajectories(*(None if value is None else value.to(accelerator.device) for value in drawn))
 
 
 def write(file: Path, tensors: dict[str, Tensor]) -> None:

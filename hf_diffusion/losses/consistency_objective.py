@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 import torch
 from accelerate import Accelerator
+from diffusers import SchedulerMixin
 from torch import Tensor, nn
 
 from hf_diffusion.config.options import option
@@ -269,14 +270,17 @@ class ConsistencyObjective(Objective):
     def identity(self) -> dict[str, Any]:
         """The process, and the teacher that a checkpoint belongs to."""
         # of sampling alone, and not in checkpoints of versions that did not have them
-        others = ("sampling_sigmas", "renoise")
-        config = {
-            name: value
-            for name, value in self.scheduler.config.items()
-            if not name.startswith("_") and name not in others
-        }
-        known = {"process": hashlib.sha256(repr(sorted(config.items())).encode()).hexdigest()}
+        known = {"process": process_digest(self.scheduler, ("sampling_sigmas", "renoise"))}
         return known if self.teacher is None else known | {"teacher": digest(self.teacher)}
+
+
+def process_digest(scheduler: SchedulerMixin, left_out: tuple[str, ...] = ()) -> str:
+    """SHA-256 of a scheduler's settings but those that are `left_out`."""
+    config = {name: value for name, value in scheduler.config.items() if not name.startswith("_")}
+    # checkpoints of former versions do not have it
+    left_out = left_out if config["predicts_end"] else (*left_out, "predicts_end")
+    settings = sorted((name, value) for name, value in config.items() if name not in left_out)
+    return hashlib.sha256(repr(settings).encode()).hexdigest()
 
 
 def digest(network: nn.Module) -> str:

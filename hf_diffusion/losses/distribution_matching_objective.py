@@ -4,7 +4,6 @@
 The losses of samples are in `losses.distribution_matching`. B samples.
 """
 
-import hashlib
 import math
 from collections.abc import Iterator
 from contextlib import nullcontext
@@ -20,7 +19,7 @@ from torch import Tensor, nn
 from hf_diffusion.config.options import option
 from hf_diffusion.figures.curves import matching_curve
 from hf_diffusion.losses import distribution_matching as losses
-from hf_diffusion.losses.consistency_objective import digest
+from hf_diffusion.losses.consistency_objective import digest, process_digest
 from hf_diffusion.losses.noise_levels import stratified
 from hf_diffusion.losses.objective import Objective, Player, Values
 from hf_diffusion.randomness import Draw, FixedDraw
@@ -281,9 +280,7 @@ class DistributionMatchingGame(Objective):
 
     def identity(self) -> dict[str, Any]:
         """The process, and the teacher that a checkpoint belongs to."""
-        config = {name: value for name, value in self.scheduler.config.items() if not name.startswith("_")}
-        process = hashlib.sha256(repr(sorted(config.items())).encode()).hexdigest()
-        return {"process": process, "teacher": digest(self.teacher)}
+        return {"process": process_digest(self.scheduler), "teacher": digest(self.teacher)}
 
     def draw_curve(self, metrics_jsonl: Path, out_png: Path) -> Path | None:
         """Draw both sides' losses from the run's log."""

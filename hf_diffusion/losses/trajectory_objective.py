@@ -3,16 +3,15 @@
 B samples.
 """
 
-import hashlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from hf_diffusion.config.options import option
-from hf_diffusion.losses.consistency_objective import digest
+from hf_diffusion.losses.consistency_objective import digest, process_digest
 from hf_diffusion.losses.distribution_matching import check_levels
 from hf_diffusion.losses.objective import Objective, Player, Values
 from hf_diffusion.losses.trajectory import euler
@@ -38,6 +37,11 @@ class TrajectoryOptions:
         "noise levels of these calls, falling; none is the highest that init_from knows, at most 80, and then even "
         "ones in the time of the cosine schedule",
         above=0,
+    )
+    student_targets: Literal["next", "end"] = option(
+        "next",
+        "where a call is to lead: next, the teacher's state at the level of the next call; end, its sample, so that "
+        "the student draws in fewer calls than distill_steps, too",
     )
     trajectories: int = option(
         4000, "samples of the teacher that the student learns from; they are drawn first", at_least=1
@@ -76,10 +80,11 @@ class TrajectoryOptions:
 
 
 class TrajectoryObjective(Objective):
-    """The student's error at the end of one of its calls, in absolute values.
+    """The student's error where one of its calls leads, in absolute values.
 
-    `scheduler` is a ConsistencyScheduler with the student's `sampling_sigmas`; `draw_trajectories`
-    gives those of the teacher when they are first needed.
+    `scheduler` is a ConsistencyScheduler with the student's `sampling_sigmas`; where it
+    `predicts_end`, every call aims at the teacher's sample. `draw_trajectories` gives those of the
+    teacher when they are first needed.
     """
 
     goes_by_length: ClassVar[bool] = True
@@ -116,10 +121,12 @@ class TrajectoryObjective(Objective):
         row = (draw.uniform() * count).long().clamp(max=count - 1).to(states.device)
         call = (draw.uniform() * calls).long().clamp(max=calls - 1).to(states.device)
         labels = None if labels is None else labels[row]
-        x, target = states[call, row].float(), states[call + 1, row].float()
+        to_end = self.scheduler.config.predicts_end
+        x, target = states[call, row].float(), states[-1 if to_end else call + 1, row].float()
         if network.training and self.step >= self.options.own_inputs_from * self.total_steps:
             x = self.own_states(states[0, row].float(), call, labels)
-        loss = (self.stepped(network, x, call, labels) - target).abs().flatten(1).mean(1)
+        reached = self.estimate(network, x, call, labels) if to_end else self.stepped(network, x, call, labels)
+        loss = (reached - target).abs().flatten(1).mean(1)
         return {"loss": loss, "level": (calls - call.double() - 0.5) / calls}
 
     @torch.no_grad()
@@ -138,13 +145,15 @@ class TrajectoryObjective(Objective):
     def stepped(self, network: nn.Module, x: Tensor, call: Tensor, labels: Tensor | None) -> Tensor:
         """The states (B, ...) to which the calls `call` (B,) of a network lead."""
         levels = torch.tensor(self.sigmas, dtype=torch.float64).to(call.device)
-        sigma, conditions = levels[call], {} if labels is None else {"class_labels": labels}
-        x_0 = self.scheduler.denoise(network, x, sigma, **conditions)
-        kept = (levels[call + 1] / sigma).to(x_0).reshape(-1, *(1,) * (x.ndim - 1))
+        x_0 = self.estimate(network, x, call, labels)
+        kept = (levels[call + 1] / levels[call]).to(x_0).reshape(-1, *(1,) * (x.ndim - 1))
         return euler(x_0, x, kept)
+
+    def estimate(self, network: nn.Module, x: Tensor, call: Tensor, labels: Tensor | None) -> Tensor:
+        """What the calls `call` (B,) of a network take the samples of x (B, ...) for."""
+        sigma = torch.tensor(self.sigmas, dtype=torch.float64).to(call.device)[call]
+        return self.scheduler.denoise(network, x, sigma, **({} if labels is None else {"class_labels": labels}))
 
     def identity(self) -> dict[str, Any]:
         """The process, and the teacher that a checkpoint belongs to."""
-        config = {name: value for name, value in self.scheduler.config.items() if not name.startswith("_")}
-        process = hashlib.sha256(repr(sorted(config.items())).encode()).hexdigest()
-        return {"process": process, "teacher": self.teacher_digest}
+        return {"process": process_digest(self.scheduler), "teacher": self.teacher_digest}

@@ -34,8 +34,8 @@ def draw(
     options: arguments of the pipeline's call, see `check_call`.
 
     Returns uint8 (B, H, W, C) for images, int64 (B, L) for tokens and float32 (B, ...) for anything
-    else. ValueError names
-    the seeds whose samples are not finite.
+    else. ValueError names the seeds whose samples are not finite. UsageError where the pipeline
+    does not give images in the precision of its weights.
     """
     samples = draw_floats(pipeline, seeds, labels, progress, **options)
     return from_unit_range(samples) if samples.ndim == 4 else samples
@@ -61,6 +61,13 @@ def draw_floats(
     pipeline.set_progress_bar_config(disable=progress is None, desc=progress)
     try:
         samples = pipeline(**what, generator=generators, **options)[0]
+    except TypeError as error:
+        # numpy has no bfloat16, and diffusers' DDIMPipeline and DDPMPipeline do not convert it
+        if "BFloat16" not in str(error):
+            raise
+        raise UsageError(
+            f"--dtype bf16: {type(pipeline).__name__} cannot return images of this precision; give fp16 or float32"
+        ) from error
     finally:
         pipeline._progress_bar_config = former
     if isinstance(samples, Tensor):

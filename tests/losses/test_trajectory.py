@@ -121,6 +121,35 @@ def test_the_loss_is_the_distance_at_the_end_of_a_call_and_own_states_come_late(
     assert late.requires_grad and not own.requires_grad
 
 
+def test_a_student_that_aims_at_the_end_draws_in_fewer_calls_what_it_was_trained_for(student):
+    scheduler = ConsistencyScheduler(
+        sampling_sigmas=SIGMAS, renoise=False, predicts_end=True, clip_denoised=False, sigma_min=0.0
+    )
+    generator = torch.Generator().manual_seed(3)
+    states, labels = torch.randn(4, 6, 2, generator=generator), torch.arange(6) % 3
+    states[0] *= SIGMAS[0]
+    objective = objective_of(student, scheduler, states, labels, own_inputs_from=0.5)
+    list(objective.turns(9))
+    draw = Draw(0, 3, slice(0, 64), 64, torch.device("cpu"))
+    found = objective.values(student.train(), {"x_0": torch.zeros(64, 2)}, draw)
+    errors = []
+    for calls in (1, 2, 3):
+        pipe = ConsistencyPipeline(student.eval(), scheduler, {0: "a", 1: "b", 2: "c"})
+        given = {"latents": states[0] / SIGMAS[0], "num_inference_steps": calls}
+        ends = pipe(labels, **given, output_type="latent").images
+        errors.append((ends - states[-1]).abs().mean(1))
+    expected = torch.stack(errors)
+    # each of the losses is the error of a run of one, two or three calls
+    distances = (found["loss"].detach()[:, None] - expected.flatten()).abs().min(1).values
+    assert float(distances.max()) < 1e-4
+    scheduler.set_timesteps(1)
+    assert scheduler.sigmas.tolist() == [80.0, 0.0]
+    with pytest.raises(ValueError, match="num_inference_steps=4 must be at most 3"):
+        scheduler.set_timesteps(4)
+    with pytest.raises(ValueError, match="give renoise False"):
+        ConsistencyScheduler(sampling_sigmas=SIGMAS, predicts_end=True)
+
+
 def test_a_step_along_the_flow_keeps_a_share_of_the_noise(scheduler):
     x_0, noise = torch.tensor([[0.2, -0.4]]), torch.tensor([[1.0, 2.0]])
     torch.testing.assert_close(euler(x_0, x_0 + 3.0 * noise, 0.5 / 3.0), x_0 + 0.5 * noise)

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import DDIMPipeline, DDIMScheduler, DiffusionPipeline, UNet2DModel
 
 from hf_diffusion.config.options import UsageError
 from hf_diffusion.sampling.drawing import call_options, check_call, choose_labels, draw, draw_floats, draw_in_batches
@@ -139,3 +139,12 @@ def test_a_class_may_be_called_none_or_have_a_comma_in_its_name(stripes):
     assert choose_labels(stripes, "auto") == [0, 1, 2] and choose_labels(stripes, '"auto"," x",3') == [0, 1, 2]
     with pytest.raises(UsageError, match='--class_labels "a: a quote is not closed'):
         choose_labels(stripes, '"a')
+
+
+def test_a_stock_pipeline_that_cannot_return_bfloat16_says_so_in_a_sentence():
+    unet = UNet2DModel(sample_size=8, block_out_channels=(8,), norm_num_groups=4, layers_per_block=1,
+                       down_block_types=("DownBlock2D",), up_block_types=("UpBlock2D",))  # fmt: skip
+    pipe = DDIMPipeline(unet, DDIMScheduler())
+    with pytest.raises(UsageError, match="--dtype bf16: DDIMPipeline cannot return images of this precision; give "):
+        draw(pipe.to(torch.bfloat16), [0], None, num_inference_steps=1)
+    assert draw(pipe.to(torch.float32), [0], None, num_inference_steps=1).shape == (1, 8, 8, 3)

@@ -68,6 +68,16 @@ def test_a_run_that_was_interrupted_goes_on_bit_for_bit_by_kept_trajectories(
     assert ours.keys() == expected.keys() and all(torch.equal(ours[name], expected[name]) for name in expected)
 
 
+def test_a_dry_run_tells_the_time_of_the_trajectories_and_keeps_none(denoiser, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("HF_DIFFUSION_CACHE", str(tmp_path / "cache"))
+    drawn, whole = [], trajectories.draw
+    monkeypatch.setattr(trajectories, "draw", lambda *args: drawn.append(args[3].trajectories) or whole(*args))
+    flags = [*DISTILLED, "--trajectories", "300", "--init_from", str(denoiser), "--output_dir", str(tmp_path / "run")]
+    assert train_distillation.main([*flags, "--dry_run"]) == 0
+    assert drawn == [trajectories.PART] and not list((tmp_path / "cache").rglob("*.safetensors"))
+    assert "for the teacher's 300 trajectories, which are drawn first" in capsys.readouterr().out
+
+
 def test_a_checkpoint_belongs_to_its_teacher(denoiser, finished, tmp_path):
     other = load_pipeline(denoiser)
     nn.init.normal_(other.unet.linear_out.weight)
@@ -105,6 +115,19 @@ def test_what_is_saved_draws_in_the_calls_that_it_was_trained_for_and_in_no_othe
     assert "Progressive Distillation" in card and "few-step model distilled from trajectories" in card
     log, held_out = ([r for r in metrics(finished) if name in r] for name in ("loss", "eval_loss"))
     assert len(log) == 4 and len(held_out) == 3 and (finished / "loss_curve.png").is_file()
+
+
+def test_a_student_of_ends_draws_in_one_call_and_in_two_and_takes_the_trajectories_that_are_there(
+    denoiser, finished, cache, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(trajectories, "draw", lambda *_: pytest.fail("they are kept"))
+    flags = [*DISTILLED, "--init_from", str(denoiser), "--student_targets", "end"]
+    pipe = load_pipeline(run(tmp_path, *flags))
+    assert pipe.scheduler.config.predicts_end and pipe.default_options() == {"num_inference_steps": 2}
+    one, two = (draw(pipe, range(8), [0] * 8, num_inference_steps=calls) for calls in (1, 2))
+    assert one.shape == two.shape == (8, 2) and not np.allclose(one, two)
+    with pytest.raises(ValueError, match="must be at most 2: this model was trained for so many"):
+        pipe(batch_size=1, num_inference_steps=3, output_type="np")
 
 
 def test_images_are_drawn_by_stock_diffusers_in_a_new_process(tmp_path):
