@@ -31,6 +31,7 @@ n_critic 2 or a wider discriminator bring it back (digits: with 1e-3 for both it
 beta_max, or the geometric schedule, gives the discriminator something to see there.
 """
 
+import copy
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -51,8 +52,10 @@ from hf_diffusion.loop.start import run
 from hf_diffusion.loop.trainer import Trainer
 from hf_diffusion.losses.adversarial import normalise_spectrally
 from hf_diffusion.losses.adversarial_game import AdversarialGame, AdversarialOptions
+from hf_diffusion.losses.denoiser_critic import DenoiserCritic
 from hf_diffusion.models.mlp_points import PointDiscriminator, PointGenerator
 from hf_diffusion.models.ncsnpp_ddgan import DDGANDiscriminator, DDGANGenerator
+from hf_diffusion.models.unet_adm import ADMGenerator
 from hf_diffusion.pipelines.pipeline_ddgan import DDGANPipeline
 from hf_diffusion.schedulers.scheduling_ddgan import DDGANScheduler
 
@@ -89,9 +92,10 @@ class DDGANConfig(MeasureOptions, AdversarialOptions, ClassOptions, TrainingConf
     # times the speed.
     patch_size: int = option(1, "side of the pixel patches that the generator works on", at_least=1)
 
-    discriminator: Literal["auto", "small", "large"] = option(
+    discriminator: Literal["auto", "small", "large", "denoiser"] = option(
         "auto",
-        "small halves the image three times, large six times; auto takes large from 128 pixels on",
+        "small halves the image three times, large six times; auto takes large from 128 pixels on; denoiser puts "
+        "heads on the features of the network that init_from names, which stay as they are",
         group="discriminator",
     )
     discriminator_channels: int = option(64, "width of the discriminator", at_least=1)
@@ -125,6 +129,12 @@ class DDGANConfig(MeasureOptions, AdversarialOptions, ClassOptions, TrainingConf
                 f"train_batch_size {self.train_batch_size} is no multiple of {STDDEV_GROUP}, the images that the "
                 "discriminator compares with each other; give one"
             )
+        if self.discriminator == "denoiser" and self.init_from is None:
+            raise ValueError(
+                "discriminator denoiser looks by a trained denoiser; name it by --init_from, or choose small or large"
+            )
+        if self.discriminator == "denoiser" and self.spectral_norm:
+            raise ValueError("spectral_norm is for the discriminators small and large; leave it out")
         if self.gradient_checkpointing and (self.gamma > 0 or self.wgan_gp > 0):
             raise ValueError(
                 "gradient_checkpointing and a penalty on the discriminator's gradient exclude each other; leave the "
@@ -158,6 +168,7 @@ class DDGANConfig(MeasureOptions, AdversarialOptions, ClassOptions, TrainingConf
             "song2021score": self.dataset_name not in SHAPES,
             "nowozin2016fgan": self.divergence in ("hellinger", "reverse_kl", "total_variation"),
             "arjovsky2017wasserstein": self.divergence == "wasserstein",
+            "sauer2021projected": self.discriminator == "denoiser",
             "mescheder2018which": self.r1_gamma != 0,
             "gulrajani2017improved": self.wgan_gp > 0,
             "miyato2018spectral": self.spectral_norm,
@@ -237,12 +248,28 @@ def build_discriminator(config: DDGANConfig, data: TrainingData) -> nn.Module:
     return normalise_spectrally(discriminator) if config.spectral_norm else discriminator
 
 
+def critic_by_features(config: DDGANConfig, generator: nn.Module) -> DenoiserCritic:
+    """Heads on the features of the generator as `init_from` has it; ValueError for one that is no
+    denoiser.
+    """
+    if not isinstance(generator, ADMGenerator):
+        raise ValueError(
+            f"discriminator denoiser needs the U-Net of a DDPM, and init_from {config.init_from} has a "
+            f"{type(generator).__name__}; choose small or large"
+        )
+    torch.manual_seed(config.seed + 1)
+    timesteps = (0.0, *generator.config.timesteps)
+    return DenoiserCritic(copy.deepcopy(generator), timesteps, config.discriminator_channels)
+
+
 def build(config: DDGANConfig, accelerator: Accelerator, data: TrainingData) -> Trainer:
     """The trainer of both networks.
 
     Users get the generator with its scheduler and the names of the classes.
     """
-    generator, discriminator = build_generator(config, data), build_discriminator(config, data)
+    generator = build_generator(config, data)
+    by_features = config.discriminator == "denoiser"
+    discriminator = critic_by_features(config, generator) if by_features else build_discriminator(config, data)
     rates = (config.learning_rate, config.discriminator_learning_rate or config.learning_rate)
     game = AdversarialGame(build_scheduler(config), generator, discriminator, config, rates)
     names = dict(enumerate(data.class_names)) if config.class_conditional else None

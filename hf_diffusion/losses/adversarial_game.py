@@ -292,6 +292,8 @@ class AdversarialGame(Objective):
             "divergence": self.options.divergence,
             "num_timesteps": self.num_timesteps,
             "discriminator_parameters": sum(p.numel() for p in self.critic.network.parameters()),
+            # one with frozen parts tells whose they are
+            **getattr(self.discriminator, "identity", dict)(),
         }
 
     def draw_curve(self, metrics_jsonl: Path, out_png: Path) -> Path | None:

@@ -16,6 +16,7 @@ from torch import nn
 from hf_diffusion import ADMGenerator, ClassifierFreeGuidancePipeline, DDGANPipeline
 from hf_diffusion.config.command_line import parse_config
 from hf_diffusion.data.loading import load_data
+from hf_diffusion.hub.loading import load_pipeline
 from hf_diffusion.loop.nonfinite import TrainingDiverged
 from hf_diffusion.loop.trainer import Trainer
 from hf_diffusion.losses.adversarial_game import R1_GAMMA, AdversarialOptions, DiscriminatorHalf
@@ -380,6 +381,31 @@ def test_an_interrupted_run_from_a_denoiser_ends_with_the_very_weights_too(denoi
     assert_same(raw_weights(cut), raw_weights(from_denoiser))
 
 
+def test_a_game_by_the_denoisers_own_features_goes_on_to_the_very_weights_and_belongs_to_them(denoiser, tmp_path):
+    flags = [*FROM_DENOISER, "--init_from", str(denoiser), "--discriminator", "denoiser"]
+    whole = run(tmp_path / "whole", *flags)
+    cut = resume_after_stops(tmp_path / "cut", (2, 5), *flags)
+    assert_same(shared_weights(cut), shared_weights(whole))
+    assert_same(raw_weights(cut), raw_weights(whole))
+    assert not any("conv_in.weight" == name for name in raw_weights(whole) if name.startswith("d."))
+    assert "Projected GANs Converge Faster" in (whole / "README.md").read_text()
+    made = make_trainer(tmp_path / "c", *flags)
+    trunk = made.objective.discriminator.denoiser.state_dict()
+    trained = load_file(denoiser / "unet" / "diffusion_pytorch_model.safetensors")
+    assert all(torch.equal(trunk[name], value) for name, value in trained.items())
+    other = load_pipeline(denoiser)
+    nn.init.normal_(other.unet.conv_in.weight)
+    other.save_pretrained(tmp_path / "other")
+    with pytest.raises(SystemExit, match="trunk was"):
+        changed = [*flags[:-4], "--init_from", str(tmp_path / "other"), *flags[-2:]]
+        run(tmp_path / "d", *changed, "--resume_from_checkpoint", str(whole / "checkpoint-00000007"))
+
+
+def test_a_generator_that_is_no_denoiser_lends_no_features(finished, tmp_path):
+    with pytest.raises(SystemExit, match="needs the U-Net of a DDPM, and init_from .* has a DDGANGenerator"):
+        run(tmp_path, "--max_train_steps", "2", "--init_from", str(finished), "--discriminator", "denoiser")
+
+
 def test_accumulation_gives_the_gradients_of_the_whole_batch(tmp_path):
     gradients = []
     for i, flags in enumerate((["--train_batch_size", "16"], ["--gradient_accumulation_steps", "2"])):
@@ -481,6 +507,7 @@ def test_the_fashion_recipes_leave_the_weight_of_r1_to_the_divergence(recipe, di
         (["--train_batch_size", "6"], 2, "6 is no multiple of 4"),
         (["--num_timesteps", "17"], 2, "at most 16"),
         (["--gradient_checkpointing"], 2, "gradient_checkpointing and a penalty"),
+        (["--discriminator", "denoiser"], 2, "name it by --init_from"),
         (["--schedule", "geometric"], 1, "try 0.01 and 0.99"),
         (["--channel_mult", "1,1,1,1"], 1, "do not halve exactly"),
         (["--discriminator_patch_size", "2"], 1, "needs images of at least 16 pixels"),
