@@ -7,10 +7,10 @@ divergences give, and what they cost.
     python training/study_fashion_mnist.py report
 
 A cell is one training with its measurements, in runs/study/SIZE/CELL. `run` goes on where it was
-interrupted and leaves out what is done; `report` writes a table and a figure of quality against
-sampling time from the metrics.json files of whatever is there. Quality is the Frechet distance in
-the features of `--features`: a network file that is the same for all cells that are compared, or
-`trained`.
+interrupted and leaves out what is done; `report` writes a table and figures of quality against
+sampling time and calls from the metrics.json files of whatever is there. Quality is the Frechet
+distance in the features of `--features`: a network file that is the same for all cells that are
+compared, or `trained`.
 """
 
 import argparse
@@ -21,7 +21,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import yaml
@@ -33,7 +33,20 @@ HERE = Path(__file__).resolve().parent
 DIVERGENCES = ("js", "hellinger", "reverse_kl", "total_variation", "wasserstein")
 SCALES = "0,0.5,1,1.5,2,3,4,6,8"
 # Names in the table, by the beginning or the middle of a scheduler's class name.
-SAMPLERS = {"DDIM": "DDIM", "DDPM": "DDPM", "DDGAN": "DDGAN", "UniPC": "UniPC", "DPMSolverMultistep": "DPM++ 2M"}
+SAMPLERS = {
+    "DDIM": "DDIM",
+    "DDPM": "DDPM",
+    "DDGAN": "DDGAN",
+    "UniPC": "UniPC",
+    "DPMSolverMultistep": "DPM++ 2M",
+    "Consistency": "distilled",
+}
+# What the distance is drawn against: a figure's name, the values, what they are called.
+AXES = {
+    "time": ("seconds_per_1000", "seconds for 1,000 images (beside the points: network calls)"),
+    # the same on every machine
+    "calls": ("network_calls", "calls of the network for an image"),
+}
 FEWEST_IMAGES = 500  # a Frechet distance of 128 features from fewer is mostly bias
 
 
@@ -87,6 +100,8 @@ def study_cells(size: str) -> dict[str, Cell]:
         Measurement(name, 20, ("--scheduler", scheduler, "--sweep", few_steps), all_images=True)
         for name, scheduler in (("unipc", "unipc"), ("dpmpp", "dpm++"))
     ]
+    guided = ("--scheduler", "unipc", "--guidance_scale", "1.2", "--sweep", "num_inference_steps=10,20")
+    untrained.append(Measurement("unipc_guided", 40, guided, all_images=True))
     # v and the cosine schedule change little at T = 50 and 300; the respaced chain of the T = 1000
     # model is the other way to so many steps
     shorter = [
@@ -107,11 +122,22 @@ def study_cells(size: str) -> dict[str, Cell]:
         for steps in (4, 3, 5, 10)
         for divergence in DIVERGENCES
     ]
+    # how far two trainings of one divergence lie apart
+    again = [
+        replace(gan, name=f"{gan.name}_seed{seed}", flags=(*gan.flags, "--seed", str(seed)))
+        for seed in (1, 2)
+        for gan in gans[: len(DIVERGENCES)]
+    ]
+    one_and_two = Measurement("few_calls", 2, ("--sweep", "num_inference_steps=1,2"), all_images=True)
+    # there is no such recipe for a GPU yet
+    distilled = [Cell("distilled", "train_distillation.py", recipe("distillation"), (one_and_two,), start="ddpm")]
     cells = [
         Cell("ddpm", "train_ddpm.py", recipe("ddpm"), (ddim, ddim_4, *untrained, *map(ancestral, (50, 300, 1000)))),
         Cell("classifier", "train_classifier.py", recipe("classifier")),
         Cell("guidance", None, measurements=(guidance,), model="ddpm", guide="classifier"),
+        *(distilled if size == "cpu" else ()),
         *gans,
+        *again,
         *shorter,
     ]
     return {cell.name: cell for cell in cells}
@@ -242,6 +268,10 @@ def row(cell: Cell, result: dict, minutes: list[float | None]) -> dict:
     free = sampling["pipeline"] == "ClassifierFreeGuidancePipeline"
     if sampling["sampler"].startswith("DDIM") and "guidance" not in settings:
         settings = {"eta": sampling["sampler_config"].get("eta", 0.0)} | settings
+    if scale != 1 and "guidance_scale" not in settings:
+        settings = {"guidance_scale": scale} | settings
+    if sampling["options"].get("timesteps"):
+        settings = {"timesteps": "/".join(map(str, sampling["options"]["timesteps"]))} | settings
     return {
         "cell": cell.name,
         "sampler": next(name for part, name in SAMPLERS.items() if part in sampling["sampler"]),
@@ -288,8 +318,9 @@ def lines_of(rows: list[dict]) -> dict[str, list[dict]]:
     """
     lines: dict[str, list[dict]] = {}
     for r in rows:
-        if r["cell"] == "guidance":
-            continue  # scales are no matter of time
+        # scales are no matter of time, and seeds are for the table
+        if r["cell"] == "guidance" or "_seed" in r["cell"]:
+            continue
         kind = r["sampler"]
         if r["cell"].startswith("ddgan"):
             kind = f"DDGAN, {r['cell'].split('_', 1)[1].rsplit('_', 1)[0]}"
@@ -298,23 +329,23 @@ def lines_of(rows: list[dict]) -> dict[str, list[dict]]:
     return lines
 
 
-def figure(rows: list[dict], path: Path) -> None:
-    """Distance against sampling time, see `lines_of`."""
+def figure(rows: list[dict], axis: str, folder: Path) -> None:
+    """quality_against_AXIS.png: distance against sampling time or calls, see `lines_of`."""
     from matplotlib.figure import Figure
 
-    lines = lines_of(rows)
+    lines, path, (key, meaning) = lines_of(rows), folder / f"quality_against_{axis}.png", AXES[axis]
     drawing = Figure(figsize=(9, 5.5), dpi=160, layout="constrained")
     axes = drawing.subplots()
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(color="0.92", linewidth=0.8)
     for number, (label, points) in enumerate(lines.items()):
-        points = sorted((p for p in points if p["seconds_per_1000"]), key=lambda p: p["seconds_per_1000"])
-        x, y = [p["seconds_per_1000"] for p in points], [p["fd"] for p in points]
+        points = sorted((p for p in points if p[key]), key=lambda p: p[key])
+        x, y = [p[key] for p in points], [p["fd"] for p in points]
         axes.plot(x, y, marker="os^DvPX*hd"[number % 10], markersize=5, linewidth=1.3, label=label)
         for p in points:
-            place = (p["seconds_per_1000"], p["fd"])
+            place = (p[key], p["fd"])
             axes.annotate(f"{p['network_calls']}", place, (4, 4), textcoords="offset points", fontsize=7)
-    axes.set(xscale="log", yscale="log", xlabel="seconds for 1,000 images (beside the points: network calls)")
+    axes.set(xscale="log", yscale="log", xlabel=meaning)
     axes.yaxis.set_major_formatter("{x:g}")
     axes.yaxis.set_minor_formatter("{x:g}")
     axes.set_ylabel("Frechet distance, lower is better")
@@ -325,7 +356,7 @@ def figure(rows: list[dict], path: Path) -> None:
 
 
 def report(options: argparse.Namespace) -> None:
-    """`report`: study.md, study.json and quality_against_time.png from what was measured."""
+    """`report`: study.md, study.json and a picture for each of AXES from what was measured."""
     parent = options.output_dir / options.size
     rows = collect(parent, study_cells(options.size))
     if not rows:
@@ -340,8 +371,9 @@ def report(options: argparse.Namespace) -> None:
         partial.write_text(content, encoding="utf-8")
         os.replace(partial, parent / name)
     if any(r["cell"] != "guidance" for r in rows):
-        figure(rows, parent / "quality_against_time.png")
-    print(contents["study.md"] + f"written: {parent}/study.md, study.json, quality_against_time.png")
+        for axis in AXES:
+            figure(rows, axis, parent)
+    print(contents["study.md"] + f"written: {parent}/study.md, study.json, quality_against_*.png")
 
 
 @ending_with_its_reader()

@@ -18,9 +18,15 @@ from hf_diffusion.training import study_fashion_mnist as study
 from hf_diffusion.training.train_classifier import ClassifierConfig
 from hf_diffusion.training.train_ddgan import DDGANConfig
 from hf_diffusion.training.train_ddpm import DDPMConfig
+from hf_diffusion.training.train_distillation import DistillationConfig
 
 
-CONFIGS = {"train_ddpm.py": DDPMConfig, "train_classifier.py": ClassifierConfig, "train_ddgan.py": DDGANConfig}
+CONFIGS = {
+    "train_ddpm.py": DDPMConfig,
+    "train_classifier.py": ClassifierConfig,
+    "train_ddgan.py": DDGANConfig,
+    "train_distillation.py": DistillationConfig,
+}
 
 
 SCHEDULERS = {
@@ -56,13 +62,14 @@ class Machine:
         for number, values in enumerate(itertools.product(*swept.values()), 1):
             texts = dict(zip(swept, values))
             setting = {name: text if name == "guidance" else float(text) for name, text in texts.items()}
+            scale = setting.get("guidance_scale", args.guidance_scale or 1.0)
             steps = int(setting.get("num_inference_steps", 0)) or args.num_inference_steps
             free = setting.get("guidance") != "classifier"
             sampling = {
                 "pipeline": "ClassifierFreeGuidancePipeline" if free else "ClassifierGuidancePipeline",
                 "sampler": SCHEDULERS[args.scheduler],
                 "sampler_config": {"num_train_timesteps": 4},
-                "options": {"num_inference_steps": steps, "guidance_scale": setting.get("guidance_scale", 1.0)},
+                "options": {"num_inference_steps": steps, "guidance_scale": scale},
             }
             measures = {name: {"name": name, "value": 0.5, "error": None} for name in ("precision", "recall")}
             measures["fd"] = {"name": "FD-10k", "value": 1.0 / number, "error": 0.01}
@@ -88,6 +95,10 @@ def test_every_cell_is_a_training_and_measurements_that_the_commands_take(machin
     assert run(tmp_path, "all", "--size", size) == 0
     games = {(c.divergence, c.num_timesteps) for script, c in machine.trained if script == "train_ddgan.py"}
     assert games == {(d, t) for d in study.DIVERGENCES for t in (3, 4, 5, 10)}
+    seeds = [c.seed for script, c in machine.trained if script == "train_ddgan.py" and c.num_timesteps == 4]
+    assert sorted(seeds) == [0] * 5 + [1] * 5 + [2] * 5
+    distilled = [Path(c.init_from).name for script, c in machine.trained if script == "train_distillation.py"]
+    assert distilled == (["ddpm"] if size == "cpu" else [])
     assert sorted(c.ddpm_num_steps for script, c in machine.trained if script == "train_ddpm.py") == [50, 300, 1000]
     assert [script for script, _ in machine.trained].count("train_classifier.py") == 1
     guided = [args for args in machine.evaluated if args.guide_by is not None]
@@ -114,7 +125,8 @@ def test_long_chains_draw_fewer_images_and_say_so(machine, tmp_path):
     run(tmp_path, "ddpm", "--network_calls", "3000000")
     counts = {args.output_dir.name: args.num_images for args in machine.evaluated}
     chains = {"ddpm_50": 10_000, "ddpm_300": 10_000, "ddpm_1000": 3000}
-    assert counts == {"ddim": 10_000, "ddim_4": 10_000, "unipc": 10_000, "dpmpp": 10_000, **chains}
+    solvers = {"unipc": 10_000, "dpmpp": 10_000, "unipc_guided": 10_000}
+    assert counts == {"ddim": 10_000, "ddim_4": 10_000, **solvers, **chains}
     rows = json.loads((tmp_path / "cpu" / "study.json").read_text())
     assert {r["network_calls"]: r["images"] for r in rows}[1000] == 3000
 
@@ -123,8 +135,10 @@ def test_untrained_solvers_stand_in_the_table_at_the_same_few_calls_and_images_a
     run(tmp_path, "ddpm", "--network_calls", "50000")
     rows = json.loads((tmp_path / "cpu" / "study.json").read_text())
     for sampler in ("UniPC", "DPM++ 2M"):
-        found = [(r["network_calls"], r["images"]) for r in rows if r["sampler"] == sampler]
+        found = [(r["network_calls"], r["images"]) for r in rows if r["sampler"] == sampler and not r["settings"]]
         assert found == [(calls, 10_000) for calls in (2, 3, 4, 5, 8, 10, 20)]
+    guided = [(r["network_calls"], r["settings"]) for r in rows if r["sampler"] == "UniPC" and r["settings"]]
+    assert guided == [(20, "guidance_scale 1.2"), (40, "guidance_scale 1.2")]
     assert "| ddpm | UniPC |  | 4 | 10,000 |" in (tmp_path / "cpu" / "study.md").read_text()
 
 
@@ -146,8 +160,9 @@ def test_the_report_counts_two_network_calls_for_a_step_of_classifier_free_guida
     assert [r["network_calls"] for r in rows if r["cell"] == "ddgan_js_t4"] == [4]
     lines = (tmp_path / "cpu" / "study.md").read_text().splitlines()
     assert len([line for line in lines if line.startswith("| ")]) == 1 + 1 + len(rows)
-    with Image.open(tmp_path / "cpu" / "quality_against_time.png") as picture:
-        assert len(set(picture.convert("RGB").resize((200, 120)).getdata())) > 20
+    for axis in ("time", "calls"):
+        with Image.open(tmp_path / "cpu" / f"quality_against_{axis}.png") as picture:
+            assert len(set(picture.convert("RGB").resize((200, 120)).getdata())) > 20
 
 
 def test_the_cost_of_a_training_is_the_time_of_its_steps_at_the_rates_that_it_logged(tmp_path):
