@@ -47,6 +47,17 @@ class ConsistencyPipeline(SamplingMixin, SelfContainedMixin, DiffusionPipeline):
         trained = self.scheduler.config.get("sampling_sigmas")
         return {**super().example_call(), "num_inference_steps": len(trained) if trained else 2}
 
+    @property
+    def solver_advice(self) -> str:
+        """How many calls a student of ends may take, for a card."""
+        config = self.scheduler.config
+        if not config.get("predicts_end"):
+            return ""
+        return (
+            f"`num_inference_steps` may be 1 to {len(config.sampling_sigmas)}: every call of this network estimates the "
+            "sample itself, fewer calls are faster, and more are nearer to the samples of its teacher."
+        )
+
     def check_guidance(self, labels: Tensor | None, guidance_scale: float) -> None:
         """Raise ValueError, with what is allowed, for guidance that does not fit the model."""
         self.check_scale(guidance_scale)

@@ -17,7 +17,7 @@ from hf_diffusion import ClassifierFreeGuidancePipeline, ConsistencyPipeline
 FOLDERS = Path(__file__).resolve().parents[2] / "model_cards"
 SHIPPED = {
     "fashion_mnist_ddpm": (ClassifierFreeGuidancePipeline, {"num_inference_steps": 5, "guidance_scale": 1.5}),
-    "fashion_mnist_one_call": (ConsistencyPipeline, {}),
+    "fashion_mnist_few_calls": (ConsistencyPipeline, {}),
 }
 
 

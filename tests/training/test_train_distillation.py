@@ -123,6 +123,7 @@ def test_a_student_of_ends_draws_in_one_call_and_in_two_and_takes_the_trajectori
     monkeypatch.setattr(trajectories, "draw", lambda *_: pytest.fail("they are kept"))
     flags = [*DISTILLED, "--init_from", str(denoiser), "--student_targets", "end"]
     pipe = load_pipeline(run(tmp_path, *flags))
+    assert "`num_inference_steps` may be 1 to 2: every call" in (tmp_path / "README.md").read_text()
     assert pipe.scheduler.config.predicts_end and pipe.default_options() == {"num_inference_steps": 2}
     one, two = (draw(pipe, range(8), [0] * 8, num_inference_steps=calls) for calls in (1, 2))
     assert one.shape == two.shape == (8, 2) and not np.allclose(one, two)

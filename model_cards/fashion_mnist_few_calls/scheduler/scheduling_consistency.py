@@ -51,7 +51,7 @@ class ConsistencyScheduler(CMStochasticIterativeScheduler, SchedulerMixin, Confi
 
     It is the stock class with these differences: noise levels are float64; the last step is exact,
     where the stock one takes the root of a negative number for some `sigma_min` (0.009 for one);
-    levels can be named; noise can be given. With the defaults of the last six arguments the stock
+    levels can be named; noise can be given. With the defaults of the last seven arguments the stock
     class loads its configuration and draws the same. With another prediction_type, trained_sigmas,
     time_scale or renoise it must not: it would tell the network other timesteps, or go other ways,
     without a word.
@@ -77,6 +77,8 @@ class ConsistencyScheduler(CMStochasticIterativeScheduler, SchedulerMixin, Confi
         renoise: False keeps the noise of a level for the next one, which is a step of Euler's
             along the probability flow. So do students of a teacher's trajectories; a run of theirs
             visits all of `sampling_sigmas`.
+        predicts_end: with renoise False, the network was trained to estimate the end of the way at
+            each of its levels, so that runs of fewer steps visit the first of them.
     """
 
     @register_to_config
@@ -95,6 +97,7 @@ class ConsistencyScheduler(CMStochasticIterativeScheduler, SchedulerMixin, Confi
         sampling_sigma_min: float | None = None,
         sampling_sigmas: Sequence[float] | None = None,
         renoise: bool = True,
+        predicts_end: bool = False,
     ):
         if not isinstance(num_train_timesteps, int) or num_train_timesteps < 2:
             raise ValueError(f"num_train_timesteps must be a whole number of at least 2, got {num_train_timesteps!r}")
@@ -119,6 +122,8 @@ class ConsistencyScheduler(CMStochasticIterativeScheduler, SchedulerMixin, Confi
             self._checked(sampling_sigmas)
         if not renoise and not sampling_sigmas:
             raise ValueError("renoise False is for a network with levels of its own; name sampling_sigmas")
+        if predicts_end and renoise:
+            raise ValueError("predicts_end is for a network that keeps its noise; give renoise False")
         self.num_inference_steps: int | None = None
         self.custom_timesteps = self.is_scale_input_called = False
         self._start(karras_sigmas(num_train_timesteps, sigma_min, sigma_max, rho), None)
@@ -227,8 +232,13 @@ class ConsistencyScheduler(CMStochasticIterativeScheduler, SchedulerMixin, Confi
                 "the grid"
             )
         trained = config.sampling_sigmas or ()
-        if not config.renoise and steps != len(trained):
-            raise ValueError(f"num_inference_steps={steps} must be {len(trained)}: this model was trained for so many")
+        if not config.renoise and (steps > len(trained) or steps < len(trained) and not config.predicts_end):
+            most = "at most " if config.predicts_end else ""
+            raise ValueError(
+                f"num_inference_steps={steps} must be {most}{len(trained)}: this model was trained for so many"
+            )
+        if config.predicts_end:
+            return self._checked(trained[:steps])
         if steps <= len(trained):
             return self._checked([trained[i * len(trained) // steps] for i in range(steps)])
         if config.sampling_sigma_min is None:
