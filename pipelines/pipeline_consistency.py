@@ -54,8 +54,8 @@ class ConsistencyPipeline(SamplingMixin, SelfContainedMixin, DiffusionPipeline):
         if not config.get("predicts_end"):
             return ""
         return (
-            f"`num_inference_steps` may be 1 to {len(config.sampling_sigmas)}: every call of this network estimates the "
-            "sample itself, fewer calls are faster, and more are nearer to the samples of its teacher."
+            f"`num_inference_steps` may be 1 to {len(config.sampling_sigmas)}: every call of this network estimates "
+            "the sample itself, fewer calls are faster, and more are nearer to the samples of its teacher."
         )
 
     def check_guidance(self, labels: Tensor | None, guidance_scale: float) -> None:
