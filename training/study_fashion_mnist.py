@@ -341,7 +341,9 @@ def figure(rows: list[dict], axis: str, folder: Path) -> None:
     for number, (label, points) in enumerate(lines.items()):
         points = sorted((p for p in points if p[key]), key=lambda p: p[key])
         x, y = [p[key] for p in points], [p["fd"] for p in points]
-        axes.plot(x, y, marker="os^DvPX*hd"[number % 10], markersize=5, linewidth=1.3, label=label)
+        # colours begin again after ten, and then have other marks
+        mark = "os^DvPX*hd"[(number + 3 * (number // 10)) % 10]
+        axes.plot(x, y, marker=mark, markersize=5, linewidth=1.3, label=label)
         for p in points:
             place = (p[key], p["fd"])
             axes.annotate(f"{p['network_calls']}", place, (4, 4), textcoords="offset points", fontsize=7)
