@@ -312,9 +312,10 @@ def table(rows: list[dict]) -> str:
 
 
 def lines_of(rows: list[dict]) -> dict[str, list[dict]]:
-    """The rows by the line of the figure that they lie on: of one cell, sampler, eta and N.
+    """The rows by the line of the figure that they lie on: of one model, sampler, eta and N.
 
-    A distance from fewer images is larger for that alone, so a line joins no two numbers of images.
+    GANs of one divergence share a line, for their numbers of steps are what it is drawn against. A
+    distance from fewer images is larger for that alone, so a line joins no two numbers of images.
     """
     lines: dict[str, list[dict]] = {}
     for r in rows:
@@ -324,6 +325,8 @@ def lines_of(rows: list[dict]) -> dict[str, list[dict]]:
         kind = r["sampler"]
         if r["cell"].startswith("ddgan"):
             kind = f"DDGAN, {r['cell'].split('_', 1)[1].rsplit('_', 1)[0]}"
+        if r["cell"].startswith("ddpm_t"):
+            kind += f", trained with T = {r['cell'].removeprefix('ddpm_t')}"
         settings = f", {r['settings']}" if r["settings"] else ""
         lines.setdefault(f"{kind}{settings}, N {r['images']:,}", []).append(r)
     return lines

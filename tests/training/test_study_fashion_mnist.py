@@ -150,6 +150,13 @@ def test_no_line_of_the_figure_joins_distances_from_different_numbers_of_images(
     assert sum(map(len, lines.values())) == len(rows) and "DDPM, N 1,000" in lines and "DDPM, N 10,000" in lines
 
 
+def test_no_line_of_the_figure_joins_models_of_different_processes(machine, tmp_path):
+    run(tmp_path, "ddpm", "ddpm_t50", "ddpm_t300")
+    lines = study.lines_of(json.loads((tmp_path / "cpu" / "study.json").read_text()))
+    assert all(len({r["cell"] for r in line}) == 1 for line in lines.values())
+    assert [r["network_calls"] for r in lines["DDPM, trained with T = 50, N 10,000"]] == [50]
+
+
 def test_the_report_counts_two_network_calls_for_a_step_of_classifier_free_guidance(machine, tmp_path):
     run(tmp_path, "ddpm", "classifier", "guidance", "ddgan_js_t4")
     rows = json.loads((tmp_path / "cpu" / "study.json").read_text())
