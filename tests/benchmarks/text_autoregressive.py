@@ -50,7 +50,12 @@ def main() -> None:
     held_out = load_unaugmented(config.data_arguments(), data, config.eval_split)
     torch.manual_seed(config.seed)
     network = TokenTransformerModel(
-        len(data.tokenizer), data.sample_shape[0], config.hidden_size, config.num_layers, config.num_attention_heads
+        len(data.tokenizer),
+        data.sample_shape[0],
+        config.hidden_size,
+        config.num_layers,
+        config.num_attention_heads,
+        dropout=config.dropout,
     )
     for block in network.blocks:
         block.attention.__class__ = CausalAttention
