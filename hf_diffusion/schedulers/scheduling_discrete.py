@@ -27,6 +27,8 @@ BETA_SCHEDULES = ("cosine", "linear", "jsd", "mutual_information")
 GAUSSIAN_VARIANTS = ("paper", "images_code", "text_code")
 # The lowest argument of a logarithm. A product of two such probabilities has a finite logarithm.
 TINY = torch.finfo(torch.float32).tiny
+# Of the eigenvalues of rates, which are sums of numbers near 1: what float64 makes of 0.
+ZERO_RATE = 1e-12
 # Larger tables of cumulative matrices are kept in float32, after a product in float64.
 FLOAT64_TABLE_BYTES = 2**27
 
@@ -502,8 +504,11 @@ class D3PMScheduler(SchedulerMixin, ConfigMixin):
             return AbsorbingKernel(inner, jsd_betas(len(betas)), classes)
         if kind == "nearest_neighbor":
             kept = cumulative_kept(betas)[:, None]
-            # exp(rates * c) with c = -log(kept); eigenvalue 0 must not meet log(0)
-            return SpectralKernel(neighbor_rates(config.neighbors), lambda values: kept ** (-values).clamp(min=0))
+            # exp(rates * c) with c = -log(kept); eigenvalue 0, which LAPACK only comes near to,
+            # stays 1 where nothing else is kept
+            return SpectralKernel(
+                neighbor_rates(config.neighbors), lambda values: kept ** (-values).where(-values > ZERO_RATE, 0.0)
+            )
         if kind == "band_diagonal":
             near = band(classes, bands)
             width = near.sum(dim=1)

@@ -166,6 +166,19 @@ def test_equal_information_is_removed_in_each_step_which_for_absorbing_is_jsd():
     torch.testing.assert_close(absorbing.betas, jsd_betas(T), atol=1e-3, rtol=0)
 
 
+@pytest.mark.parametrize("rounding", [-1e-16, 1e-16])
+def test_the_eigenvalue_0_of_a_graph_keeps_probability_however_it_is_rounded(monkeypatch, rounding):
+    eigh = torch.linalg.eigh
+
+    def rounded(matrix):
+        values, vectors = eigh(matrix)
+        return torch.cat([values[:-1], torch.tensor([rounding]).double()]), vectors
+
+    monkeypatch.setattr(torch.linalg, "eigh", rounded)
+    scheduler = D3PMScheduler(K, T, "nearest_neighbor", neighbors=RING, trained_betas=[0.1] * (T - 1) + [1.0])
+    torch.testing.assert_close(scheduler.cumulative_matrix(T - 1), torch.full((K, K), 1 / K).double())
+
+
 def test_neighbours_are_near_and_noise_moves_along_their_graph():
     places = torch.tensor([0.0, 1.0, 2.1, 7.0, 8.0, 9.1])[:, None]
     neighbors = nearest_neighbors(places, 2)
