@@ -24,6 +24,10 @@ from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
 
+# Up to so many tokens, attention that is trained in bfloat16 on a CPU keeps its weights (L, L).
+SHORT = 512
+
+
 def sinusoids(places: Tensor, dim: int, max_period: float = 10000) -> Tensor:
     """[cos | sin] (N, dim) of places (N,), fractions too, in float32."""
     # float32 explicitly: from_pretrained(dtype=bfloat16) changes the default dtype, and bfloat16
@@ -60,6 +64,19 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     return torch.addcmul(shift[:, None], x, 1 + scale[:, None])
 
 
+def goes_by_products(v: Tensor) -> bool:
+    """Whether attention to v (B, L, K, D / K) is faster by plain products of matrices."""
+    # With its backward pass in bfloat16 torch's kernel for CPUs takes four times as long.
+    return v.device.type == "cpu" and v.dtype == torch.bfloat16 and v.requires_grad and v.shape[1] <= SHORT
+
+
+def products(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """softmax(q k / sqrt(D / K)) v of each head, (B, K, L, D / K)."""
+    weights = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5
+    with torch.autocast("cpu", enabled=False):
+        return torch.softmax(weights, dim=-1) @ v
+
+
 class PixelAttentionProcessor:
     """Attention through diffusers' dispatcher: `set_attention_backend` chooses the kernel."""
 
@@ -69,9 +86,12 @@ class PixelAttentionProcessor:
     def __call__(self, attention: "PixelAttention", x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         q, k, v = attention.qkv(x).unflatten(2, (3, attention.num_heads, -1)).unbind(2)  # each (B, L, K, D / K)
         q, k = rotate(attention.norm_q(q), cos, sin), rotate(attention.norm_k(k), cos, sin)
-        out = dispatch_attention_fn(
-            q, k, v, backend=self._attention_backend, parallel_config=self._parallel_config
-        )  # (B, L, K, D / K)
+        if self._attention_backend is None and goes_by_products(v):
+            out = products(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)).transpose(1, 2)
+        else:
+            out = dispatch_attention_fn(
+                q, k, v, backend=self._attention_backend, parallel_config=self._parallel_config
+            )  # (B, L, K, D / K)
         return attention.proj(out.flatten(2))
 
 

@@ -32,7 +32,13 @@ class CausalAttention(TokenAttention):
     """Attention of each place to itself and to those before it."""
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        if v.dtype != torch.bfloat16 or not v.requires_grad:
+            return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        # As in TokenAttention: the kernel's backward pass is slow in bfloat16 on a CPU.
+        later = torch.ones(q.shape[-2], k.shape[-2], dtype=torch.bool, device=q.device).triu(1)
+        weights = (q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5).masked_fill(later, -torch.inf)
+        with torch.autocast("cpu", enabled=False):
+            return torch.softmax(weights, dim=-1) @ v
 
 
 def losses(accelerator: Accelerator, network: TokenTransformerModel, x_0: Tensor, first: int) -> Tensor:
