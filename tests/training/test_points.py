@@ -26,7 +26,7 @@ QUICK = """
 DDPM = [*QUICK, "--max_train_steps", "1000", "--learning_rate", "0.002", "--ddpm_num_inference_steps", "50"]
 # Other divergences are in test_divergences_in_the_plane.py.
 DDGAN = """
-    --max_train_steps 2500 --learning_rate 0.002 --adam_beta1 0 --adam_beta2 0.99 --latent_dim 4
+    --max_train_steps 2500 --learning_rate 0.001 --adam_beta1 0 --adam_beta2 0.99 --latent_dim 4
     --discriminator_channels 128 --num_timesteps 4
 """.split()
 
