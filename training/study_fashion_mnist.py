@@ -129,13 +129,17 @@ def study_cells(size: str) -> dict[str, Cell]:
         for gan in gans[: len(DIVERGENCES)]
     ]
     one_and_two = Measurement("few_calls", 2, ("--sweep", "num_inference_steps=1,2"), all_images=True)
-    # there is no such recipe for a GPU yet
-    distilled = [Cell("distilled", "train_distillation.py", recipe("distillation"), (one_and_two,), start="ddpm")]
+    in_four = (Measurement("ddgan", 4, (), all_images=True),)
+    # there are no such recipes for a GPU yet
+    from_ddpm = [
+        Cell("distilled", "train_distillation.py", recipe("distillation"), (one_and_two,), start="ddpm"),
+        Cell("ddgan_denoiser_t4", "train_ddgan.py", recipe("ddgan_denoiser"), in_four, start="ddpm"),
+    ]
     cells = [
         Cell("ddpm", "train_ddpm.py", recipe("ddpm"), (ddim, ddim_4, *untrained, *map(ancestral, (50, 300, 1000)))),
         Cell("classifier", "train_classifier.py", recipe("classifier")),
         Cell("guidance", None, measurements=(guidance,), model="ddpm", guide="classifier"),
-        *(distilled if size == "cpu" else ()),
+        *(from_ddpm if size == "cpu" else ()),
         *gans,
         *again,
         *shorter,
@@ -323,10 +327,13 @@ def lines_of(rows: list[dict]) -> dict[str, list[dict]]:
         if r["cell"] == "guidance" or "_seed" in r["cell"]:
             continue
         kind = r["sampler"]
-        if r["cell"].startswith("ddgan"):
-            kind = f"DDGAN, {r['cell'].split('_', 1)[1].rsplit('_', 1)[0]}"
-        if r["cell"].startswith("ddpm_t"):
-            kind += f", trained with T = {r['cell'].removeprefix('ddpm_t')}"
+        # what was measured beside the cells has their names, a comma, and what differs
+        cell, comma, beside = r["cell"].partition(", ")
+        if cell.startswith("ddgan"):
+            kind = f"DDGAN, {cell.split('_', 1)[1].rsplit('_', 1)[0]}"
+        if cell.startswith("ddpm_t"):
+            kind += f", trained with T = {cell.removeprefix('ddpm_t')}"
+        kind += comma + beside
         settings = f", {r['settings']}" if r["settings"] else ""
         lines.setdefault(f"{kind}{settings}, N {r['images']:,}", []).append(r)
     return lines

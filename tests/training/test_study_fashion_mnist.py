@@ -95,8 +95,10 @@ def test_every_cell_is_a_training_and_measurements_that_the_commands_take(machin
     assert run(tmp_path, "all", "--size", size) == 0
     games = {(c.divergence, c.num_timesteps) for script, c in machine.trained if script == "train_ddgan.py"}
     assert games == {(d, t) for d in study.DIVERGENCES for t in (3, 4, 5, 10)}
-    seeds = [c.seed for script, c in machine.trained if script == "train_ddgan.py" and c.num_timesteps == 4]
-    assert sorted(seeds) == [0] * 5 + [1] * 5 + [2] * 5
+    in_four = [c for script, c in machine.trained if script == "train_ddgan.py" and c.num_timesteps == 4]
+    assert sorted(c.seed for c in in_four if c.discriminator != "denoiser") == [0] * 5 + [1] * 5 + [2] * 5
+    by_features = [(Path(c.init_from).name, c.r1_gamma) for c in in_four if c.discriminator == "denoiser"]
+    assert by_features == ([("ddpm", 1.0)] if size == "cpu" else [])
     distilled = [Path(c.init_from).name for script, c in machine.trained if script == "train_distillation.py"]
     assert distilled == (["ddpm"] if size == "cpu" else [])
     assert sorted(c.ddpm_num_steps for script, c in machine.trained if script == "train_ddpm.py") == [50, 300, 1000]
@@ -155,6 +157,18 @@ def test_no_line_of_the_figure_joins_models_of_different_processes(machine, tmp_
     lines = study.lines_of(json.loads((tmp_path / "cpu" / "study.json").read_text()))
     assert all(len({r["cell"] for r in line}) == 1 for line in lines.values())
     assert [r["network_calls"] for r in lines["DDPM, trained with T = 50, N 10,000"]] == [50]
+
+
+def test_no_line_of_the_figure_joins_a_discriminator_on_the_denoisers_features_with_another(machine, tmp_path):
+    run(tmp_path, "ddpm", "ddgan_js_t4", "ddgan_js_t3", "ddgan_denoiser_t4")
+    rows = json.loads((tmp_path / "cpu" / "study.json").read_text())
+    rows.append(rows[-1] | {"cell": "ddgan_js_t4, 1200 steps"})
+    lines = {name: sorted(r["cell"] for r in line) for name, line in study.lines_of(rows).items() if "DDGAN" in name}
+    assert lines == {
+        "DDGAN, js, eta 0.0, N 10,000": ["ddgan_js_t3", "ddgan_js_t4"],
+        "DDGAN, denoiser, eta 0.0, N 10,000": ["ddgan_denoiser_t4"],
+        "DDGAN, js, 1200 steps, eta 0.0, N 10,000": ["ddgan_js_t4, 1200 steps"],
+    }
 
 
 def test_the_report_counts_two_network_calls_for_a_step_of_classifier_free_guidance(machine, tmp_path):
