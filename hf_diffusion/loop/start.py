@@ -167,10 +167,11 @@ def start(config: TrainingConfig) -> Accelerator:
 
 
 def choose_attention(accelerator: Accelerator) -> None:
-    """Attention by plain products where a CPU computes in bfloat16.
+    """Attention by plain products where a CPU computes in bfloat16, for networks of other packages.
 
     torch's fused kernel takes 2 to 4 times as long there, up to some 500 places (measured on an
-    EPYC with AVX512-BF16, forward and backward).
+    EPYC with AVX512-BF16, forward and backward). torch.compile does not look at these switches, so
+    our U-Net and transformers choose for themselves.
     """
     is_plain = accelerator.device.type == "cpu" and accelerator.mixed_precision == "bf16"
     torch.backends.cuda.enable_flash_sdp(not is_plain)
