@@ -1,5 +1,6 @@
 """Figures of an evaluation: measures against what was varied, and the parts of a measure."""
 
+import math
 import textwrap
 from pathlib import Path
 from typing import Any
@@ -7,7 +8,7 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
+from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, StrMethodFormatter
 
 from hf_diffusion.evaluation.measures import Measure
 from hf_diffusion.evaluation.report import SPOKEN, spoken, with_error
@@ -87,7 +88,11 @@ def _panel(axes: Axes, lines: dict[str, list[dict[str, Any]]], name: str, x: str
 
 
 def _plain_log_ticks(axis: Axis) -> None:
-    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    low, high = axis.get_data_interval()
+    powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    fitting = [tick for n in powers for tick in (10.0**n, 2 * 10.0**n, 5 * 10.0**n) if low <= tick <= high]
+    # LogLocator takes many even ones where one or none fits, and the labels of many overlap.
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5) if len(fitting) < 7 else (1,)) if fitting[1:] else MaxNLocator(4))
     axis.set_major_formatter(StrMethodFormatter("{x:g}"))
     axis.set_minor_formatter(NullFormatter())
 
