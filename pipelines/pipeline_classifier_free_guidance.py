@@ -35,14 +35,13 @@ UNFIT_SOLVERS = (
     "PNDMScheduler",
     "SASolverScheduler",
 )
-# FD in a classifier's features, N 1,000: model_cards/fashion_mnist_study/README.md.
+# FD in a classifier's features: model_cards/fashion_mnist_study/README.md.
 SOLVER_ADVICE = (
     "Fewer calls of the network: `pipe.scheduler = UniPCMultistepScheduler.from_config(pipe.scheduler.config)`, with "
     "`from diffusers import UniPCMultistepScheduler`. On the Fashion-MNIST DDPM of hf_diffusion, Frechet distances in "
-    "4, 5, 10 and 20 calls were 0.74, 0.53, 0.32 and 0.30 with UniPC, 1.14, 0.78, 0.36 and 0.31 with DPM++ 2M (N "
-    "10,000), and 1.61, 1.23, 0.63 and 0.43 with DDIM, which has 0.42 in 50 (N 1,000). Ten steps of UniPC with "
-    "guidance_scale 1.2, which are 20 calls, have 0.23 (N 10,000; source: model_cards/fashion_mnist_study of "
-    "hf_diffusion, bfloat16). Another model may differ."
+    "4, 5, 10 and 20 calls were 0.76, 0.51, 0.25 and 0.20 with UniPC, 1.02, 0.65, 0.27 and 0.20 with DPM++ 2M, and "
+    "1.28, 0.89, 0.40 and 0.24 with DDIM (N 2,000; source: model_cards/fashion_mnist_study of hf_diffusion, bfloat16). "
+    "Another model may differ."
 )
 UNFIT_SPACINGS = ("use_beta_sigmas", "use_flow_sigmas")
 
