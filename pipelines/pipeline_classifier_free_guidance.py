@@ -40,8 +40,8 @@ SOLVER_ADVICE = (
     "Fewer calls of the network: `pipe.scheduler = UniPCMultistepScheduler.from_config(pipe.scheduler.config)`, with "
     "`from diffusers import UniPCMultistepScheduler`. On the Fashion-MNIST DDPM of hf_diffusion, Frechet distances in "
     "4, 5, 10 and 20 calls were 0.76, 0.51, 0.25 and 0.20 with UniPC, 1.02, 0.65, 0.27 and 0.20 with DPM++ 2M, and "
-    "1.28, 0.89, 0.40 and 0.24 with DDIM (N 2,000; source: model_cards/fashion_mnist_study of hf_diffusion, bfloat16). "
-    "Another model may differ."
+    "1.28, 0.89, 0.40 and 0.24 with DDIM (N 2,000; source: model_cards/fashion_mnist_study of hf_diffusion, "
+    "bfloat16). Another model may differ."
 )
 UNFIT_SPACINGS = ("use_beta_sigmas", "use_flow_sigmas")
 
