@@ -145,22 +145,35 @@ def optimization(c: Circumstances) -> Choice:
     return Choice({"train_batch_size": each, "learning_rate": rate, "ema_max_decay": 0.999}, reason)
 
 
-def denoising(chosen: dict[str, Choice], c: Circumstances, given: Mapping[str, Any]) -> dict[str, Choice]:
-    """What DDPM and flow matching, of captions too, learn most by in few minutes of a CPU, beside
-    what is chosen for every method: Muon at three times the rate of AdamW, and levels
-    (docs/training.md).
+def by_muon(chosen: dict[str, Choice], c: Circumstances, given: Mapping[str, Any]) -> dict[str, Choice]:
+    """What DDPM and flow matching, of captions too, learn most by in few minutes of a CPU: Muon at
+    three times the rate of AdamW (docs/training.md).
 
-    given: settings of the user, which these have to fit.
+    given: settings of the user, which it has to fit.
     """
+    if not (c.on_cpu and c.are_images) or given.get("optimizer", "muon") != "muon":
+        return chosen
+    steps = chosen["training"].settings | {"optimizer": "muon", "learning_rate": 3e-3}
+    return chosen | {"training": Choice(steps, chosen["training"].reason)}
+
+
+def ddpm_target(c: Circumstances, given: Mapping[str, Any]) -> dict[str, Choice]:
+    """What a DDPM predicts, and how much the levels count (docs/training.md).
+
+    given: settings of the user. Nothing is chosen where they say a part of it.
+    """
+    told = given.keys() & {"objective", "prediction_type", "loss_weighting", "timestep_sampling", "level_distribution"}
+    if not (c.on_cpu and c.are_images) or told:
+        return {}
+    settings = {"prediction_type": "sample", "loss_weighting": "min_snr"}
+    return {"target": Choice(settings, "x_0 under these weights of the levels is learned soonest")}
+
+
+def flow_levels(c: Circumstances) -> dict[str, Choice]:
+    """How often flow matching visits the levels."""
     if not (c.on_cpu and c.are_images):
-        return chosen
-    if given.get("optimizer", "muon") == "muon":
-        steps = chosen["training"].settings | {"optimizer": "muon", "learning_rate": 3e-3}
-        chosen = chosen | {"training": Choice(steps, chosen["training"].reason)}
-    # They say themselves how often a level comes.
-    if given.keys() & {"objective", "timestep_sampling"}:
-        return chosen
-    return chosen | {"levels": Choice({"level_distribution": "logit_normal"}, "the middle levels teach most")}
+        return {}
+    return {"levels": Choice({"level_distribution": "logit_normal"}, "the middle levels teach most")}
 
 
 def classes(c: Circumstances, guided: bool) -> Choice:

@@ -64,9 +64,10 @@ class DenoisingOptions:
     p2_k: float = option(1.0, "offset of p2", above=0)
 
     def auto_settings(self, circumstances: Circumstances) -> dict[str, Choice]:
-        """The optimizer and the levels that teach most in few minutes of a CPU."""
+        """The optimizer and the target that teach most in few minutes of a CPU."""
         given = {name: getattr(self, name) for name in self.given}
-        return preset.denoising(super().auto_settings(circumstances), circumstances, given)
+        chosen = preset.by_muon(super().auto_settings(circumstances), circumstances, given)
+        return chosen | preset.ddpm_target(circumstances, given)
 
     @property
     def learns_variance(self) -> bool:

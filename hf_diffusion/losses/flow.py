@@ -84,7 +84,8 @@ class FlowMatchingOptions:
     def auto_settings(self, circumstances: Circumstances) -> dict[str, Choice]:
         """The optimizer and the levels that teach most in few minutes of a CPU."""
         given = {name: getattr(self, name) for name in self.given}
-        return preset.denoising(super().auto_settings(circumstances), circumstances, given)
+        chosen = preset.by_muon(super().auto_settings(circumstances), circumstances, given)
+        return chosen | preset.flow_levels(circumstances)
 
     def check(self) -> None:
         """ValueError for settings that contradict each other."""

@@ -139,21 +139,41 @@ def test_precision_compilation_and_layout_go_together():
 
 
 @pytest.mark.parametrize("cls", [DDPMConfig, FlowConfig])
-def test_a_cpu_learns_images_by_muon_at_the_middle_levels_unless_something_else_is_given(cls):
+def test_a_cpu_learns_images_by_muon_unless_something_else_is_given(cls):
     def of(shape, *words: str, **changes) -> tuple:
         found = chosen(shape, *words, cls=cls, **changes)
-        return found.get("optimizer"), found["learning_rate"], found.get("level_distribution")
+        return found.get("optimizer"), found["learning_rate"]
 
-    assert of((1, 28, 28)) == ("muon", 3e-3, "logit_normal")
+    assert of((1, 28, 28)) == ("muon", 3e-3)
     # at its own rate
-    assert of((1, 28, 28), "--optimizer", "adamw") == (None, 1e-3, "logit_normal")
-    assert of((1, 28, 28), device="cuda") == (None, 4e-4, None) and of((2,)) == (None, 1e-3, None)
+    assert of((1, 28, 28), "--optimizer", "adamw") == (None, 1e-3)
+    assert of((1, 28, 28), device="cuda") == (None, 4e-4) and of((2,)) == (None, 1e-3)
 
 
-def test_levels_that_are_chosen_leave_room_for_what_says_how_often_a_timestep_comes():
-    for words in (["--timestep_sampling", "loss_second_moment"], ["--objective", "vlb"]):
-        found = chosen((1, 28, 28), *words)
-        assert found["optimizer"] == "muon" and "level_distribution" not in found
+def test_on_a_cpu_a_ddpm_predicts_x_0_under_min_snr_and_a_flow_learns_most_at_the_middle_levels():
+    def of(shape, *words: str, **changes) -> tuple:
+        found = chosen(shape, *words, **changes)
+        return tuple(found.get(name) for name in ("prediction_type", "loss_weighting", "level_distribution"))
+
+    assert of((1, 28, 28)) == ("sample", "min_snr", None)
+    assert of((1, 28, 28), cls=FlowConfig) == (None, None, "logit_normal")
+    for cls in (DDPMConfig, FlowConfig):
+        assert of((1, 28, 28), cls=cls, device="cuda") == of((2,), cls=cls) == (None, None, None)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("--prediction_type", "v_prediction"),
+        ("--loss_weighting", "uniform"),
+        ("--level_distribution", "logit_normal"),
+        ("--timestep_sampling", "loss_second_moment"),
+        ("--objective", "vlb"),
+    ],
+)
+def test_a_target_is_chosen_whole_or_not_at_all(words):
+    found = chosen((1, 28, 28), *words)
+    assert found["optimizer"] == "muon" and not found.keys() & {"prediction_type", "loss_weighting"}
 
 
 def test_other_methods_are_trained_as_before():
