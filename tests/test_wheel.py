@@ -27,7 +27,8 @@ def source(tmp_path_factory) -> Path:
     shutil.copytree(ROOT, checkout, symlinks=True, ignore=shutil.ignore_patterns(*others))
     name = build(checkout, "sdist", folder)
     with tarfile.open(folder / name) as archive:
-        archive.extractall(folder, filter="data")
+        # Python 3.11 has the filter since 3.11.4, and Debian 12 has 3.11.2
+        archive.extractall(folder, **({"filter": "data"} if hasattr(tarfile, "data_filter") else {}))
     return folder / name.removesuffix(".tar.gz")
 
 
