@@ -1,11 +1,12 @@
 """Recipes of other packages for the same minutes, as their own examples for such images have them.
 
 Each is called with images, minutes and how many samples to draw, and returns its optimizer steps
-and the samples, uint8 (N, H, W). The packages are none of ours: pip install torchcfm, or
-smalldiffusion, which needs torchvision.
+and the samples, uint8 (N, H, W) or (N, H, W, 3). The packages are none of ours: pip install
+torchcfm, or smalldiffusion, which needs torchvision.
 """
 
 import importlib
+import itertools
 import time
 from collections.abc import Callable, Iterator
 
@@ -22,19 +23,19 @@ DRAWN_AT_ONCE = 250
 
 
 class Batches(IterableDataset):
-    """Batches (B, 1, H, W) of shuffled images, one epoch after the other."""
+    """Batches (B, C, H, W) of shuffled images, one epoch after the other."""
 
     def __init__(self, data: ImageData, size: int):
         self.data, self.size = data, size
 
     def __iter__(self) -> Iterator[Tensor]:
-        while True:
+        for epoch in itertools.count():
             for rows in torch.randperm(len(self.data)).split(self.size):
-                yield self.data.fetch(rows.tolist(), 0)["x_0"]
+                yield self.data.fetch(rows.tolist(), epoch)["x_0"]
 
 
 def as_bytes(samples: list[Tensor], count: int) -> np.ndarray:
-    images = torch.cat(samples)[:count, 0]
+    images = torch.cat(samples)[:count].movedim(1, -1).squeeze(-1)
     return ((images.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).cpu().numpy()
 
 

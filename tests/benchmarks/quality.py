@@ -1,13 +1,14 @@
 """What the same minutes of training give: a plain diffusers script against a recipe from here.
 
-python -m tests.benchmarks.quality --minutes 20 [--train_data_dir FILE.parquet]
-    [--features NETWORK.safetensors] [--output_dir runs/quality] [--others torchcfm,smalldiffusion]
+python -m tests.benchmarks.quality --minutes 20 [--family ddpm] [--recipe cifar10_ddpm_cpu20.yaml]
+    [--train_data_dir FILE.parquet] [--output_dir runs/quality] [--others torchcfm,smalldiffusion]
+    [--features NETWORK.safetensors, and other options of hf-diffusion evaluate]
 
-Plain is what the examples of diffusers do, at sizes for 28x28: UNet2DModel of 1.8 M parameters,
-epsilon, cosine schedule, AdamW 4e-4, EMA, batch 128, on all cores. Both are sampled by DDIM in 50
-steps, if nothing else is said, and measured by `hf-diffusion evaluate` with the same features. It
-takes more than twice the minutes, and once more for each of the other packages, whose recipes are
-in other_packages.py.
+Plain is what the examples of diffusers do, at sizes for small images: UNet2DModel of 1.8 M
+parameters, epsilon, cosine schedule, AdamW 4e-4, EMA, batch 128, flips where the recipe has them,
+on all cores. Both are sampled by DDIM in 50 steps, if nothing else is said, and measured by
+`hf-diffusion evaluate` with the same options. It takes more than twice the minutes, and once more
+for each of the other packages, whose recipes are in other_packages.py.
 """
 
 import argparse
@@ -20,6 +21,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+import yaml
 from diffusers import DDIMPipeline, DDIMScheduler, DDPMScheduler
 from diffusers.training_utils import EMAModel
 
@@ -27,45 +29,45 @@ from hf_diffusion.data.image_data import ImageData
 from hf_diffusion.data.images import load_images
 from hf_diffusion.environment import environment
 from tests.benchmarks.networks import networks
-from tests.benchmarks.other_packages import OTHERS, why_missing
+from tests.benchmarks.other_packages import OTHERS, Batches, why_missing
 
 
 BATCH = 128
-RECIPE = Path(__file__).resolve().parents[2] / "training" / "recipes" / "fashion_mnist_ddpm_cpu20.yaml"
+RECIPES = Path(__file__).resolve().parents[2] / "training" / "recipes"
 
 
 def train_plain(data: ImageData, minutes: float, folder: Path) -> int:
     """Train for so many minutes and save a stock pipeline of the averages; the number of steps."""
     torch.manual_seed(0)
-    model, _ = networks(size=28, channels=1, blocks=1)
+    channels, side, _ = data.sample_shape
+    model, _ = networks(size=side, channels=channels, blocks=1)
     model.train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=4e-4)
     ema = EMAModel(model.parameters(), decay=0.9999, use_ema_warmup=True, inv_gamma=1.0, power=0.75)
     process, steps = DDPMScheduler(beta_schedule="squaredcos_cap_v2"), 0
     end = time.perf_counter() + 60 * minutes
-    while time.perf_counter() < end:
-        for rows in torch.randperm(len(data)).split(BATCH):
-            x_0 = data.fetch(rows.tolist(), 0)["x_0"]
-            noise, t = torch.randn_like(x_0), torch.randint(1000, (len(x_0),))
-            loss = F.mse_loss(model(process.add_noise(x_0, noise, t), t).sample, noise)
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            optimizer.zero_grad()
-            ema.step(model.parameters())
-            steps += 1
-            if time.perf_counter() > end:
-                break
+    for x_0 in Batches(data, BATCH):
+        noise, t = torch.randn_like(x_0), torch.randint(1000, (len(x_0),))
+        loss = F.mse_loss(model(process.add_noise(x_0, noise, t), t).sample, noise)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        ema.step(model.parameters())
+        steps += 1
+        if time.perf_counter() > end:
+            break
     ema.copy_to(model.parameters())
     DDIMPipeline(model.eval(), DDIMScheduler.from_config(process.config)).save_pretrained(folder)
     return steps
 
 
-def train_ours(source: list[str], minutes: float, folder: Path) -> int:
+def train_ours(source: list[str], options: argparse.Namespace) -> int:
     """Train by the recipe, one process on all cores; the number of steps."""
-    target = folder / "recipe"
-    words = ["train", "ddpm", "--config", str(RECIPE), *source, "--output_dir", str(target), "--overwrite_output_dir"]
-    words += ["--max_train_minutes", str(minutes), "--sample_steps", "none", "--num_sample_images", "10"]
+    target = options.output_dir / "recipe"
+    words = ["train", options.family, "--config", str(RECIPES / options.recipe), *source]
+    words += ["--output_dir", str(target), "--overwrite_output_dir"]
+    words += ["--max_train_minutes", str(options.minutes), "--sample_steps", "none", "--num_sample_images", "10"]
     subprocess.run([sys.executable, "-m", "hf_diffusion.cli", *words], check=True)
     return json.loads((target / "metrics.jsonl").read_text().splitlines()[-1])["step"]
 
@@ -77,62 +79,76 @@ def train_other(name: str, data: ImageData, options: argparse.Namespace) -> int:
     return steps
 
 
-def distance(samples: Path, source: list[str], options: argparse.Namespace) -> dict:
+def measured(samples: Path, source: list[str], options: argparse.Namespace) -> dict:
     """The measures of samples of a pipeline, or of images in a file."""
     folder = options.output_dir / f"evaluation_{samples.stem}"
     words = ["evaluate", str(samples), *source]
     if samples.is_dir():
         words += ["--num_images", str(options.num_images)]
         words += ["--num_inference_steps", str(options.num_inference_steps)]
-    words += ["--metrics", "fd,pr", "--features", options.features, "--output_dir", str(folder)]
+    words += ["--metrics", options.metrics, "--features", options.features, *options.of_evaluate]
+    words += ["--output_dir", str(folder)]
     subprocess.run([sys.executable, "-m", "hf_diffusion.cli", *words], check=True)
     return json.loads((folder / "metrics.json").read_text())["results"][0]["measures"]
 
 
-def main(argv: list[str]) -> int:
+def parse(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m tests.benchmarks.quality", description=__doc__.splitlines()[0])
     parser.add_argument("--minutes", type=float, default=20)
-    parser.add_argument("--train_data_dir", help="Fashion-MNIST as a parquet file (default: from the Hub)")
+    parser.add_argument("--family", default="ddpm", help="that the recipe is of (default: ddpm)")
+    parser.add_argument("--recipe", default="fashion_mnist_ddpm_cpu20.yaml", help="of training/recipes")
+    parser.add_argument("--train_data_dir", help="the recipe's images as a parquet file (default: from the Hub)")
     parser.add_argument("--features", default="trained", help="as in hf-diffusion evaluate")
+    parser.add_argument("--metrics", default="fd,pr", help="as in hf-diffusion evaluate; the first is compared")
     parser.add_argument("--num_images", type=int, default=1000)
     parser.add_argument("--num_inference_steps", type=int, default=50, help="of DDIM (default: 50)")
     parser.add_argument("--output_dir", type=Path, default=Path("runs/quality"))
     parser.add_argument("--others", help=f"of {', '.join(OTHERS)}, those to compare with, too")
-    options = parser.parse_args(argv)
-    others = options.others.split(",") if options.others else []
-    for name in others:
+    options, options.of_evaluate = parser.parse_known_args(argv)
+    if not (RECIPES / options.recipe).is_file():
+        parser.error(f"--recipe {options.recipe}: not a file of {RECIPES}")
+    options.others = options.others.split(",") if options.others else []
+    for name in options.others:
         if name not in OTHERS:
             parser.error(f"--others {name}: choose from {', '.join(OTHERS)}")
         if (why := why_missing(name)) is not None:
             parser.error(f"--others: {why}")
-    where = {"dataset_name": "zalando-datasets/fashion_mnist"}
+    return options
+
+
+def main(argv: list[str]) -> int:
+    options = parse(argv)
+    recipe = yaml.safe_load((RECIPES / options.recipe).read_text())
+    where = {"dataset_name": recipe["dataset_name"]}
     if options.train_data_dir is not None:
         where = {"train_data_dir": options.train_data_dir}
     source = [word for name, value in where.items() for word in (f"--{name}", value)]
     without_hub = ["--dataset_name", "none"] if options.train_data_dir is not None else []
-    data = load_images(**where)
+    data = load_images(**where, random_flip=recipe.get("random_flip", False))
     steps = {
         "plain": train_plain(data, options.minutes, options.output_dir / "plain"),
-        "recipe": train_ours([*without_hub, *source], options.minutes, options.output_dir),
+        "recipe": train_ours([*without_hub, *source], options),
     }
-    measures = {name: distance(options.output_dir / name, source, options) for name in steps}
-    for name in others:
+    measures = {name: measured(options.output_dir / name, source, options) for name in steps}
+    for name in options.others:
         steps[name] = train_other(name, data, options)
-        measures[name] = distance(options.output_dir / f"{name}.npz", source, options)
-    plain, recipe = (measures[name]["fd"]["value"] for name in ("plain", "recipe"))
+        measures[name] = measured(options.output_dir / f"{name}.npz", source, options)
+    values = {name: found[options.metrics.split(",")[0]]["value"] for name, found in measures.items()}
     report = {
         "minutes": options.minutes,
+        "recipe": options.recipe,
         "steps": steps,
         "num_inference_steps": options.num_inference_steps,
         "measures": measures,
-        "ratio": recipe / plain,
+        "ratio": values["recipe"] / values["plain"],
         **environment(),
     }
     (options.output_dir / "quality.json").write_text(json.dumps(report, indent=1) + "\n")
-    name = measures["plain"]["fd"]["name"]
-    print(f"{name}: plain diffusers {plain:.3g}, recipe {recipe:.3g}: {recipe / plain:.3f} of it")
-    for name in others:
-        print(f"{name}: {measures[name]['fd']['value']:.3g}")
+    name = measures["plain"][options.metrics.split(",")[0]]["name"]
+    print(f"{name}: plain diffusers {values['plain']:.3g}, {options.recipe} {values['recipe']:.3g}")
+    print(f"{report['ratio']:.3f} of it")
+    for other in options.others:
+        print(f"{name}: {other} {values[other]:.3g}")
     return 0
 
 
