@@ -12,8 +12,8 @@ from typing import Any
 
 # Positions a side that a network for a CPU works on: 16x16 for 32 and 64 pixels, 14x14 for 28.
 CPU_POSITIONS = 16
-# On a flat ground patches leave a lattice of dots, which short trainings do not unlearn (seen on
-# 5,000 garments after 620 steps of 32); images up to this side can do without.
+# On a flat ground patches leave a lattice of dots, which short trainings of v do not unlearn (seen
+# on 5,000 garments after 620 steps of 32); images up to this side can do without.
 FLAT, UNPATCHED_SIDE = 1 / 3, 32
 # Smaller images have too few positions for patches.
 LEAST_PATCHED = 24
@@ -42,7 +42,8 @@ class Circumstances:
     of_a_class: samples of the smallest class that has any; None without classes and for a stream.
     device: `cpu` or the kind of accelerator; its cores count on a CPU.
     bf16: whether it multiplies bfloat16 faster than float32.
-    ground: the share of the values at an end of their range, such as a black ground.
+    ground: the share of the values at an end of their range, such as a black ground; 0 where the
+        method does not mind.
     processes: share a batch.
     """
 

@@ -7,7 +7,7 @@ import difflib
 import os
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar, Literal
 
 from hf_diffusion.config import preset
@@ -307,7 +307,11 @@ class UNetOptions:
     def auto_settings(self, circumstances: Circumstances) -> dict[str, Choice]:
         """The network by the size of the images and the machine."""
         patch = self.patch_size if "patch_size" in self.given else None
-        return {"network": preset.network(circumstances, patch), **super().auto_settings(circumstances)}
+        others = super().auto_settings(circumstances)
+        if any(choice.settings.get("prediction_type") == "sample" for choice in others.values()):
+            # Patches leave no dots on a flat ground where x_0 is predicted (docs/training.md).
+            circumstances = replace(circumstances, ground=0.0)
+        return {"network": preset.network(circumstances, patch), **others}
 
     def reduce(self, sample_shape: tuple[int, ...]) -> str | None:
         if "model_channels" not in self.given and self.model_channels // 2 >= preset.LEAST_WIDTH:

@@ -112,12 +112,19 @@ def test_a_cpu_gets_fourteen_to_sixteen_positions_and_a_gpu_the_pixels():
     # The narrowest network carries twice the values of a patch.
     for shape in ((1, 64, 64), (3, 64, 64), (3, 128, 128), (4, 64, 64)):
         assert 2 * shape[0] * chosen(shape)["patch_size"] ** 2 <= LEAST_WIDTH
-    # Patches leave dots on a black ground, which large images cannot do without.
-    assert chosen((1, 28, 28), ground=0.5)["patch_size"] == 1 and chosen((3, 64, 64), ground=0.5)["patch_size"] == 2
     # A side that patches and levels do not divide.
     assert chosen((1, 27, 27))["patch_size"] == 1
     for shape, patch in {(1, 28, 28): 1, (3, 32, 32): 1, (3, 64, 64): 2, (3, 256, 256): 2}.items():
         assert chosen(shape, device="cuda")["patch_size"] == patch, shape
+
+
+def test_patches_on_a_black_ground_are_left_to_networks_that_predict_x_0():
+    black = {"shape": (1, 28, 28), "ground": 0.5}
+    assert chosen(**black)["patch_size"] == 2 and chosen(**black)["prediction_type"] == "sample"
+    # The others leave a lattice of dots there, which large images have to bear.
+    for words, cls in (("--prediction_type", "v_prediction"), DDPMConfig), ((), FlowConfig), ((), EDMConfig):
+        assert chosen(black["shape"], *words, cls=cls, ground=0.5)["patch_size"] == 1, cls
+        assert chosen((3, 64, 64), *words, cls=cls, ground=0.5)["patch_size"] == 2, cls
 
 
 def test_a_network_is_reduced_step_by_step_but_for_what_is_given():
