@@ -25,6 +25,7 @@ import yaml
 from diffusers import DDIMPipeline, DDIMScheduler, DDPMScheduler
 from diffusers.training_utils import EMAModel
 
+from hf_diffusion.commands.evaluate import EvaluateCommand
 from hf_diffusion.data.image_data import ImageData
 from hf_diffusion.data.images import load_images
 from hf_diffusion.environment import environment
@@ -79,17 +80,21 @@ def train_other(name: str, data: ImageData, options: argparse.Namespace) -> int:
     return steps
 
 
-def measured(samples: Path, source: list[str], options: argparse.Namespace) -> dict:
-    """The measures of samples of a pipeline, or of images in a file."""
-    folder = options.output_dir / f"evaluation_{samples.stem}"
-    words = ["evaluate", str(samples), *source]
-    if samples.is_dir():
+def words_of_evaluate(samples: Path, is_pipeline: bool, source: list[str], options: argparse.Namespace) -> list[str]:
+    """What `hf-diffusion evaluate` is called with."""
+    words = [str(samples), *source, "--metrics", options.metrics, "--features", options.features]
+    if is_pipeline:
         words += ["--num_images", str(options.num_images)]
         words += ["--num_inference_steps", str(options.num_inference_steps)]
-    words += ["--metrics", options.metrics, "--features", options.features, *options.of_evaluate]
-    words += ["--output_dir", str(folder)]
-    subprocess.run([sys.executable, "-m", "hf_diffusion.cli", *words], check=True)
-    return json.loads((folder / "metrics.json").read_text())["results"][0]["measures"]
+    return [*words, *options.of_evaluate, "--output_dir", str(options.output_dir / f"evaluation_{samples.stem}")]
+
+
+def measured(samples: Path, source: list[str], options: argparse.Namespace) -> dict:
+    """The measures of samples of a pipeline, or of images in a file."""
+    words = words_of_evaluate(samples, samples.is_dir(), source, options)
+    subprocess.run([sys.executable, "-m", "hf_diffusion.cli", "evaluate", *words], check=True)
+    report = options.output_dir / f"evaluation_{samples.stem}" / "metrics.json"
+    return json.loads(report.read_text())["results"][0]["measures"]
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
@@ -124,6 +129,10 @@ def main(argv: list[str]) -> int:
         where = {"train_data_dir": options.train_data_dir}
     source = [word for name, value in where.items() for word in (f"--{name}", value)]
     without_hub = ["--dataset_name", "none"] if options.train_data_dir is not None else []
+    # a mistake in these is met before the training
+    EvaluateCommand.parsed(
+        words_of_evaluate(options.output_dir / "plain", True, source, options), "hf-diffusion evaluate"
+    )
     data = load_images(**where, random_flip=recipe.get("random_flip", False))
     steps = {
         "plain": train_plain(data, options.minutes, options.output_dir / "plain"),
