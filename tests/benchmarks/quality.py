@@ -29,6 +29,7 @@ from hf_diffusion.commands.evaluate import EvaluateCommand
 from hf_diffusion.data.image_data import ImageData
 from hf_diffusion.data.images import load_images
 from hf_diffusion.environment import environment
+from hf_diffusion.evaluation.measures import METRICS
 from tests.benchmarks.networks import networks
 from tests.benchmarks.other_packages import OTHERS, Batches, why_missing
 
@@ -112,6 +113,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
     options, options.of_evaluate = parser.parse_known_args(argv)
     if not (RECIPES / options.recipe).is_file():
         parser.error(f"--recipe {options.recipe}: not a file of {RECIPES}")
+    if options.metrics.split(",")[0] not in METRICS:
+        parser.error(f"--metrics {options.metrics}: begin with one of {', '.join(METRICS)}")
     options.others = options.others.split(",") if options.others else []
     for name in options.others:
         if name not in OTHERS:
