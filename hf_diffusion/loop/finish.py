@@ -92,7 +92,7 @@ def facts_of(trainer: Trainer, command: Sequence[str], data_facts: dict) -> RunF
         wall_time_s=trainer.wall_time,
         parameters=trainer.shared.parameters,
         joules=trainer.joules,
-        skipped=trainer.updater.skipped,
+        skipped=trainer.updater.skips.count,
         evaluations=trainer.evaluations.of(trainer.step),
         of_averages=trainer.evaluations.of_averages,
         decay=trainer.shared.decay if len(trainer.shared.averages) > 1 else None,

@@ -62,8 +62,11 @@ class Muon(torch.optim.Optimizer):
     """Muon for the first group of parameters, `matrices` (M, N, ...), and AdamW for the `others`.
 
     `lr` and `weight_decay` are those of both; `betas` and `eps` are AdamW's. The state of a matrix
-    is one tensor, `momentum_buffer`, where AdamW has two.
+    is one tensor, `momentum_buffer`, where AdamW has two. As in optimizers of torch, a tensor () of
+    1 as `found_inf` leaves everything as it is.
     """
+
+    _step_supports_amp_scaling = True
 
     def __init__(
         self,
@@ -79,6 +82,7 @@ class Muon(torch.optim.Optimizer):
         groups = [{"params": list(matrices), "momentum": momentum}, adamw.param_groups[0]]
         super().__init__(groups, {"lr": lr, "weight_decay": weight_decay})
         self.adamw = adamw
+        self.found_inf: Tensor | None = None
 
     @classmethod
     def of(cls, network: nn.Module, **options) -> "Muon":
@@ -107,6 +111,7 @@ class Muon(torch.optim.Optimizer):
                 by_shape.setdefault(key, []).append(parameter)
         for alike in by_shape.values():
             self._move(alike, **{name: matrices[name] for name in ("lr", "momentum", "weight_decay")})
+        self.adamw.found_inf = self.found_inf
         # One state and one group: what was loaded or scheduled holds for it, too.
         self.adamw.state, self.adamw.param_groups = self.state, [others]
         self.adamw.step()
@@ -114,15 +119,17 @@ class Muon(torch.optim.Optimizer):
 
     def _move(self, parameters: list[nn.Parameter], lr: float, momentum: float, weight_decay: float) -> None:
         """Move matrices of one shape."""
-        directions = []
+        directions, spoiled = [], self.found_inf
+        kept = 1 if spoiled is None else 1 - spoiled
         for parameter in parameters:
+            gradient = parameter.grad if spoiled is None else parameter.grad.masked_fill(spoiled > 0, 0)
             state = self.state[parameter]
             if not state:
                 state["momentum_buffer"] = torch.zeros_like(parameter)
-            mean = state["momentum_buffer"].lerp_(parameter.grad, 1 - momentum)
+            mean = state["momentum_buffer"].lerp_(gradient, (1 - momentum) * kept)
             # Nesterov's: what the mean will be, seen from the gradient of now
-            directions.append(parameter.grad.lerp(mean, momentum).flatten(1))
-        updates = orthogonalized(torch.stack(directions))
+            directions.append(gradient.lerp(mean, momentum).flatten(1))
+        updates = orthogonalized(torch.stack(directions)) * kept
         length = lr * RMS_OF_ADAMW * math.sqrt(max(updates.shape[1:]))
         for parameter, update in zip(parameters, updates):
-            parameter.mul_(1 - lr * weight_decay).sub_(update.reshape(parameter.shape), alpha=length)
+            parameter.mul_(1 - lr * weight_decay * kept).sub_(update.reshape(parameter.shape), alpha=length)

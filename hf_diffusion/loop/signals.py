@@ -4,6 +4,9 @@ import signal
 
 import torch
 from accelerate import Accelerator
+from torch import Tensor
+
+from hf_diffusion.loop.later import Later
 
 
 class StopSignal:
@@ -14,6 +17,8 @@ class StopSignal:
 
     def __init__(self, accelerator: Accelerator):
         self.accelerator, self.requested = accelerator, False
+        # the last answer of `before`, on its way from the device
+        self.answer: Later | None = None
         self.former = {number: signal.signal(number, self._request) for number in (signal.SIGTERM, signal.SIGINT)}
 
     def _request(self, number: int, frame) -> None:
@@ -23,10 +28,22 @@ class StopSignal:
 
     def anywhere(self) -> bool:
         """Whether a signal has come to any process; all of them must ask together."""
+        return self.requested if self.accelerator.num_processes == 1 else bool(self._count() > 0)
+
+    def before(self) -> bool:
+        """Whether one had come to any process when this was asked the last time.
+
+        Nobody waits for the others. A single process knows of those that come now.
+        """
         if self.accelerator.num_processes == 1:
             return self.requested
-        flag = torch.tensor(float(self.requested), device=self.accelerator.device)
-        return bool(self.accelerator.reduce(flag, "sum") > 0)
+        last, self.answer = self.answer, Later(self._count())
+        return last is not None and last.value() > 0
+
+    def _count(self) -> Tensor:
+        """The number () of processes that a signal has come to, on the device."""
+        asked = torch.full((), float(self.requested), device=self.accelerator.device)
+        return self.accelerator.reduce(asked, "sum")
 
     def restore(self) -> None:
         """Give the signals back to whom they belonged."""

@@ -109,7 +109,7 @@ class Trainer:
         manifest = self.continuation.resume() or {"step": 0, "noise_block": BLOCK}
         self.step, spent = manifest["step"], manifest.get("spent", {})
         self.wall_time, self.joules = spent.get("wall_time", 0.0), spent.get("joules", {})
-        self.updater.skipped = spent.get("skipped", 0)
+        self.updater.skips.count = spent.get("skipped", 0)
         self.deadline = None if objective.goes_by_length else Deadline.of(config, self.step, self.total_steps)
         # Rows that share a generator of noise: a run goes on with what it has begun with. Absent
         # from checkpoints of versions before 0.2, which drew all rows from one.
@@ -165,12 +165,14 @@ class Trainer:
                 self._show(self.means.so_far(self.objective.shown))
             if self.step % config.logging_steps == 0 or self.step == self.total_steps:
                 self._report()
+            is_drawn, is_measured = self._is_due_to_draw(), self._is_due(config.eval_steps)
             with self.watch.paused():
-                if self._is_due(config.sample_steps) or self._is_due_early():
+                if is_drawn:
                     self.previews.draw(self.step, self.shared.copies, stop)
-                if self._is_due(config.eval_steps):
+                if is_measured:
                     self._evaluate(stop)
-            stopping = stop.anywhere()
+            # what a signal has cut short is done again where the run goes on from this very step
+            stopping = stop.anywhere() if is_drawn or is_measured else stop.before()
             if stopping or self.step % config.checkpointing_steps == 0 or self.step == self.total_steps:
                 self.wall_time += time.perf_counter() - began
                 began = time.perf_counter()
@@ -200,9 +202,10 @@ class Trainer:
         """
         return bool(interval) and self.step % interval == 0 and 0 < self.step < self.total_steps
 
-    def _is_due_early(self) -> bool:
-        """Whether a first picture is drawn, long before the first regular one."""
-        return self.step == FIRST_PREVIEW < min(self.config.sample_steps or 0, self.total_steps)
+    def _is_due_to_draw(self) -> bool:
+        """Whether pictures are drawn now, the first one long before the first regular one."""
+        is_early = self.step == FIRST_PREVIEW < min(self.config.sample_steps or 0, self.total_steps)
+        return is_early or self._is_due(self.config.sample_steps)
 
     def batches(self) -> DeviceFeed:
         """Every micro-batch of this process from the current step on."""
@@ -235,12 +238,13 @@ class Trainer:
 
     def _report(self) -> None:
         """Log the means since the last report, and show some beside the progress bar."""
+        self.updater.settle()
         # the network that users get has the plain name
         names = {"lr" if player.is_averaged else f"lr{player.suffix}": player for player in self.objective.players}
         rates = {name: player.optimizer.param_groups[0]["lr"] for name, player in names.items()}
         images = (self.step % self.config.logging_steps or self.config.logging_steps) * self.global_batch
         values = self.means.report(self.accelerator) | self.watch.report(images) | rates
-        values |= self.objective.report(self.accelerator) | {"skipped": self.updater.skipped}
+        values |= self.objective.report(self.accelerator) | {"skipped": self.updater.skips.count}
         values |= bound_loss_scale(self.accelerator.scaler)
         self.log.write(self.step, values)
         self.joules = self.energy.joules() if self.energy else {}
@@ -257,11 +261,12 @@ class Trainer:
         self.evaluations.measure(self.step, self.shared.copy, stop)
 
     def _save(self) -> None:
+        self.updater.settle()
         self.joules = self.energy.joules() if self.energy else {}
         facts = {
             "network": self.shared.description(),
             "classes": list(self.data.class_names or ()) or None,
-            "spent": {"wall_time": self.wall_time, "skipped": self.updater.skipped, "joules": self.joules},
+            "spent": {"wall_time": self.wall_time, "skipped": self.updater.skips.count, "joules": self.joules},
             "noise_block": self.noise_block,
         }
         if self.continuation.save(self.step, facts):

@@ -1,22 +1,23 @@
-"""One turn of one player: gradients over the micro-batches, clipped, and applied unless they are
-not finite.
+"""Turns of players: gradients over the micro-batches, clipped, and applied unless they are not
+finite.
 """
 
 import math
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
-from pathlib import Path
 
 import torch
 from accelerate import Accelerator
+from accelerate.optimizer import AcceleratedOptimizer
 from torch import Tensor, nn
 
 from hf_diffusion.config.run_options import TrainingConfig
 from hf_diffusion.loop.averages import SharedNetwork, is_of_transformers
-from hf_diffusion.loop.engines import captures_graphs, compile_options, full_tensor, parallelism
+from hf_diffusion.loop.engines import DATA_PARALLEL, captures_graphs, compile_options, full_tensor, parallelism
+from hf_diffusion.loop.later import Later
 from hf_diffusion.loop.learning_rate import lr_factor, rate_settings
 from hf_diffusion.loop.muon import Muon
-from hf_diffusion.loop.nonfinite import TrainingDiverged, bad_rows_in_words, check_loss_scale
+from hf_diffusion.loop.nonfinite import Skips, TrainingDiverged, Turn
 from hf_diffusion.loop.reporting import Progress, RunningMeans
 from hf_diffusion.losses.objective import Objective, Player, Values
 from hf_diffusion.randomness import Draw, derive_seed
@@ -34,7 +35,11 @@ OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
 
 
 class Updater:
-    """The optimizer steps of a run; counts those that were left out."""
+    """The optimizer steps of a run; `skips` counts those that were left out.
+
+    Where the optimizers themselves leave out an update that is not finite, nothing waits for the
+    device: what there is to say of a step is said after the next, or by `settle`.
+    """
 
     def __init__(
         self,
@@ -47,50 +52,81 @@ class Updater:
         total_steps: int,
     ):
         self.config, self.accelerator, self.objective, self.shared = config, accelerator, objective, shared
-        self.means, self.progress, self.total_steps = means, progress, total_steps
-        self.skipped, self.skipped_in_a_row = 0, 0
+        self.means, self.total_steps = means, total_steps
+        self.skips = Skips(config, accelerator, progress)
         self.captures_graphs = captures_graphs(config)
+        # fp16 and FSDP wait within accelerate and torch
+        self.runs_ahead = (
+            accelerator.scaler is None
+            and parallelism(accelerator) == DATA_PARALLEL
+            and all(leaves_out(player.optimizer) for player in objective.players)
+        )
+        # those of the last step, until they are judged
+        self.turns: list[Turn] = []
 
     def step(self, step: int, micros: Iterable[Micro]) -> None:
         """Every player's turn in optimizer step `step`.
 
-        One whose gradient is not finite ends it.
+        One whose gradient is not finite ends it: neither it nor what follows changes a weight.
+        TrainingDiverged.
         """
         if len(self.objective.players) > 1:
             micros = list(micros)
+        earlier, self.turns = self.turns, []
+        spoiled = torch.zeros((), device=self.accelerator.device)
         for player in self.objective.turns(step):
-            if not self._turn(player, step, micros):
-                return
-        self.skipped_in_a_row = 0
+            self.turns.append(self._turn(player, step, micros, spoiled))
+            if not self.runs_ahead and not self.turns[-1].is_finite():
+                break
+        if earlier:
+            self.skips.judge(earlier)
+        if not self.runs_ahead:
+            self.settle()
 
-    def _turn(self, player: Player, step: int, micros: Iterable[Micro]) -> bool:
-        """Whether the player was updated."""
+    def settle(self) -> None:
+        """Judge the last step, for which this waits; TrainingDiverged."""
+        turns, self.turns = self.turns, []
+        if turns:
+            self.skips.judge(turns)
+
+    def _turn(self, player: Player, step: int, micros: Iterable[Micro], spoiled: Tensor) -> Turn:
+        """A turn; `spoiled` () becomes 1 where it, or an earlier one of the step, is not finite."""
         # First, since DeepSpeed updates within the last backward pass.
         self._set_learning_rate(player, step)
         seen: list[tuple[Tensor, Tensor, Tensor]] = []
-        turn = self._engine_turn if parallelism(self.accelerator) == "DeepSpeed" else self._plain_turn
+        by_engine = parallelism(self.accelerator) == "DeepSpeed"
         for network in player.frozen:
             network.requires_grad_(False)
         try:
-            grad_norm = turn(player, step, micros, seen)
+            norm = (self._engine_turn if by_engine else self._gradients)(player, step, micros, seen)
         finally:
             for network in player.frozen:
                 network.requires_grad_(True)
-        if not math.isfinite(grad_norm):
-            self._skip(player, step, grad_norm, seen)
-            return False
-        norm = torch.tensor([grad_norm], device=self.accelerator.device)
-        self.means.add({f"grad_norm{player.suffix}": norm})
-        if player.network is self.shared.network:
-            self.shared.update()
-        self.objective.after_update(player, step)
-        return True
+        turn = Turn(step, Later(norm), seen)
+        spoiled.copy_(torch.maximum(spoiled, (~norm.isfinite()).float()))
+        if not by_engine:
+            self._apply(player, turn, spoiled)
+        if self.runs_ahead or turn.is_finite():
+            # an average then takes the weights of before once more
+            kept = 1 - spoiled
+            self.means.add({f"grad_norm{player.suffix}": (torch.where(kept > 0, norm, 0)[None], kept[None])})
+            if player.network is self.shared.network:
+                self.shared.update()
+            self.objective.after_update(player, step)
+        return turn
 
-    def _plain_turn(self, player: Player, step: int, micros: Iterable[Micro], seen: list) -> float:
-        """Backward over the micro-batches, then the optimizer.
+    def _apply(self, player: Player, turn: Turn, spoiled: Tensor) -> None:
+        """The optimizer's step, which leaves a spoiled one out."""
+        if self.runs_ahead:
+            # by the name that GradScaler gives it
+            player.optimizer.optimizer.found_inf = spoiled
+        # a scaler leaves it out by itself, and lowers the loss scale
+        if self.runs_ahead or turn.is_finite() or self.accelerator.scaler is not None:
+            player.optimizer.step()
+        player.optimizer.zero_grad(set_to_none=True)
 
-        Returns the gradient's norm before clipping.
-        """
+    def _gradients(self, player: Player, step: int, micros: Iterable[Micro], seen: list) -> Tensor:
+        """Backward over the micro-batches; the gradient's norm () before it was clipped."""
         accelerator, count = self.accelerator, self.config.gradient_accumulation_steps
         for micro, batch, draw in micros:
             last = micro == count - 1
@@ -102,13 +138,9 @@ class Updater:
                 _keep_gradients(player.network)
         accelerator.unscale_gradients(player.optimizer)
         norm = nn.utils.clip_grad_norm_(player.network.parameters(), self.config.max_grad_norm or math.inf)
-        grad_norm = float(full_tensor(norm))
-        if math.isfinite(grad_norm):
-            player.optimizer.step()
-            player.optimizer.zero_grad(set_to_none=True)
-        return grad_norm
+        return full_tensor(norm)
 
-    def _engine_turn(self, player: Player, step: int, micros: Iterable[Micro], seen: list) -> float:
+    def _engine_turn(self, player: Player, step: int, micros: Iterable[Micro], seen: list) -> Tensor:
         """The same by DeepSpeed, whose engine divides by the micro steps, clips and updates in the
         last backward pass.
 
@@ -124,7 +156,7 @@ class Updater:
                 finite = False
                 if count == 1:
                     # and nothing changes
-                    return math.nan
+                    return torch.tensor(math.nan)
                 # the other micro-batches count
                 loss = 0 * sum(p.sum() for p in player.network.parameters())
             accelerator.gradient_state._set_sync_gradients(micro == count - 1)
@@ -136,7 +168,7 @@ class Updater:
                 f"the gradient of step {step} was not finite ({grad_norm}) and DeepSpeed has applied it; the "
                 f"checkpoints in {self._output_dir} are untouched: go on from the latest with a lower learning_rate"
             )
-        return grad_norm if finite else math.nan
+        return torch.tensor(grad_norm if finite else math.nan)
 
     def _values(self, player: Player, step: int, micro: int, batch: dict, draw: Draw, seen: list) -> Values:
         """The player's losses; `seen` keeps which rows they are of."""
@@ -165,32 +197,6 @@ class Updater:
         for group in player.optimizer.param_groups:
             group["lr"] = player.learning_rate * factor
 
-    def _skip(self, player: Player, step: int, grad_norm: float, seen: list) -> None:
-        """Leave out an update whose gradient, which is that of all processes, is not finite.
-
-        Give up after too many.
-        """
-        accelerator = self.accelerator
-        self.skipped, self.skipped_in_a_row = self.skipped + 1, self.skipped_in_a_row + 1
-        if accelerator.scaler is not None:
-            # the scaler skips the update and lowers the loss scale
-            player.optimizer.step()
-        player.optimizer.zero_grad(set_to_none=True)
-        columns = [accelerator.gather(torch.cat(values)).cpu().double() for values in zip(*seen)]
-        if accelerator.is_main_process:
-            rows = bad_rows_in_words(torch.stack(columns, dim=1))
-            self.progress.say(
-                f"step {step}: the gradient is not finite (norm {grad_norm}); all processes skip the step; {rows}"
-            )
-        check_loss_scale(accelerator.scaler, step, self._output_dir)
-        if self.skipped_in_a_row >= self.config.max_nonfinite_steps:
-            raise TrainingDiverged(
-                f"the gradient was not finite in {self.skipped_in_a_row} steps in a row, the last of them step "
-                f"{step}; "
-                f"the checkpoints in {self._output_dir} are untouched: resume from one with a lower learning_rate, or "
-                "in bf16 instead of fp16"
-            )
-
     def rehearse(self, batch: dict[str, Tensor], draw: Draw) -> None:
         """One micro step of every player, whose gradients are thrown away."""
         for player in self.objective.players:
@@ -202,16 +208,17 @@ class Updater:
         for player in self.objective.players:
             player.optimizer.zero_grad()
 
-    @property
-    def _output_dir(self) -> Path:
-        return Path(self.config.output_dir)
-
 
 def _keep_gradients(network: nn.Module) -> None:
     """Copy the gradients of a captured backward pass, which the next one would write over."""
     for parameter in network.parameters():
         if parameter.grad is not None:
             parameter.grad = parameter.grad.clone()
+
+
+def leaves_out(optimizer: AcceleratedOptimizer) -> bool:
+    """Whether it leaves out an update where its `found_inf` is 1, without a wait for the device."""
+    return getattr(optimizer.optimizer, "_step_supports_amp_scaling", False)
 
 
 def build_optimizer(config: TrainingConfig, player: Player) -> torch.optim.Optimizer:

@@ -183,14 +183,14 @@ def neighbours(u: Tensor, grid: Tensor) -> tuple[Tensor, Tensor]:
 
     All pairs are as likely.
     """
-    grid = grid.to(u)
+    grid = grid.to(u, non_blocking=True)
     i = (u * (len(grid) - 1)).long().clamp(max=len(grid) - 2)
     return grid.flip(0)[i + 1], grid.flip(0)[i]
 
 
 def lognormal_neighbours(u: Tensor, grid: Tensor, mean: float, std: float) -> tuple[Tensor, Tensor]:
     """The same by arXiv:2310.14189: a pair's weight is the share of a log-normal between them."""
-    rising = grid.to(u).flip(0)
+    rising = grid.to(u, non_blocking=True).flip(0)
     below = torch.erf((rising.log() - mean) / (math.sqrt(2) * std))
     shares = below.diff().cumsum(0)
     i = torch.searchsorted(shares, u * shares[-1], right=True).clamp(max=len(rising) - 2)

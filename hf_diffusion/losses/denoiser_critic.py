@@ -67,7 +67,7 @@ class DenoiserCritic(nn.Module):
         The smallest is that of the middle.
         """
         network = self.denoiser
-        times = torch.tensor(self.timesteps, dtype=torch.float32, device=x.device)[level]
+        times = torch.tensor(self.timesteps, dtype=torch.float32).to(x.device, non_blocking=True)[level]
         emb = F.silu(network.conditioning(x, times, labels))
         h = network.conv_in(F.pixel_unshuffle(x, network.config.patch_size))
         last = {}

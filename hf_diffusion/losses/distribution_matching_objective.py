@@ -214,7 +214,7 @@ class DistributionMatchingGame(Objective):
         # as many for all rows: processes that share a generator must draw alike
         noises = [draw.normal(*x_0.shape[1:]) for _ in self.sigmas]
         call = (draw.uniform() * count).long().clamp(max=count - 1)
-        sigma = torch.tensor(self.sigmas, dtype=torch.float64).to(call.device)[call]
+        sigma = torch.tensor(self.sigmas, dtype=torch.float64).to(call.device, non_blocking=True)[call]
         x = self.sigmas[0] * noises[0]
         if self.options.student_inputs == "simulated":
             # without the wrapper of several processes, which need not ask for as many calls

@@ -173,7 +173,7 @@ def v_weight(scheduler: GaussianScheduler, t: Tensor) -> Tensor:
             weights = torch.ones_like(alpha_bar)
         case _:
             raise _unknown_prediction_type(scheduler)
-    return weights.float().to(t.device)[t]
+    return _entries(weights, t)
 
 
 def min_snr_weight(scheduler: GaussianScheduler, t: Tensor, gamma: float = 5.0) -> Tensor:
@@ -197,7 +197,7 @@ def min_snr_weight(scheduler: GaussianScheduler, t: Tensor, gamma: float = 5.0) 
             weights = (alpha_bar / (1 - alpha_bar)).clamp(max=gamma) / _x_0_in_posterior_mean(scheduler) ** 2
         case _:
             raise _unknown_prediction_type(scheduler)
-    return weights.float().to(t.device)[t]
+    return _entries(weights, t)
 
 
 def p2_weight(scheduler: GaussianScheduler, t: Tensor, gamma: float = 1.0, k: float = 1.0) -> Tensor:
@@ -219,7 +219,12 @@ def p2_weight(scheduler: GaussianScheduler, t: Tensor, gamma: float = 1.0, k: fl
             weights = weights * alpha_bar / (1 - alpha_bar) / _x_0_in_posterior_mean(scheduler) ** 2
         case _:
             raise _unknown_prediction_type(scheduler)
-    return weights.float().to(t.device)[t]
+    return _entries(weights, t)
+
+
+def _entries(table: Tensor, t: Tensor) -> Tensor:
+    """Entries t (B,) of a table (T,), in float32 and where t is; nobody waits for the copy."""
+    return table.float().to(t.device, non_blocking=True)[t]
 
 
 def normal_kl(mean1: Tensor, log_variance1: Tensor, mean2: Tensor, log_variance2: Tensor) -> Tensor:

@@ -144,14 +144,14 @@ class TrajectoryObjective(Objective):
 
     def stepped(self, network: nn.Module, x: Tensor, call: Tensor, labels: Tensor | None) -> Tensor:
         """The states (B, ...) to which the calls `call` (B,) of a network lead."""
-        levels = torch.tensor(self.sigmas, dtype=torch.float64).to(call.device)
+        levels = torch.tensor(self.sigmas, dtype=torch.float64).to(call.device, non_blocking=True)
         x_0 = self.estimate(network, x, call, labels)
         kept = (levels[call + 1] / levels[call]).to(x_0).reshape(-1, *(1,) * (x.ndim - 1))
         return euler(x_0, x, kept)
 
     def estimate(self, network: nn.Module, x: Tensor, call: Tensor, labels: Tensor | None) -> Tensor:
         """What the calls `call` (B,) of a network take the samples of x (B, ...) for."""
-        sigma = torch.tensor(self.sigmas, dtype=torch.float64).to(call.device)[call]
+        sigma = torch.tensor(self.sigmas, dtype=torch.float64).to(call.device, non_blocking=True)[call]
         return self.scheduler.denoise(network, x, sigma, **({} if labels is None else {"class_labels": labels}))
 
     def identity(self) -> dict[str, Any]:

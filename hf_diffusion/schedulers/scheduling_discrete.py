@@ -72,6 +72,13 @@ def uniform_noise(shape: Sequence[int], generator: Generators, device: torch.dev
 class Kernel:
     """q of one kind of noise, at levels n int64 (B,) from 0 (clean) to T."""
 
+    def on(self, name: str, device: torch.device) -> Tensor:
+        """The table of this name on a device, copied there once."""
+        copies: dict[tuple[str, torch.device], Tensor] = vars(self).setdefault("_copies", {})
+        if (name, device) not in copies:
+            copies[name, device] = getattr(self, name).to(device)
+        return copies[name, device]
+
     def rows(self, x: Tensor, n: Tensor) -> Tensor:
         """q(x_n | x_0 = x) (B, ..., K) for categories x (B, ...)."""
         raise NotImplementedError
@@ -108,19 +115,19 @@ class MixingKernel(Kernel):
         return self.push(F.one_hot(x, len(self.stationary)).double(), n)
 
     def push(self, p: Tensor, n: Tensor) -> Tensor:
-        kept = broadcast(self.kept.to(p.device)[n], p.ndim).to(p)
-        return kept * p + (1 - kept) * p.sum(dim=-1, keepdim=True) * self.stationary.to(p)
+        kept = broadcast(self.on("kept", p.device)[n], p.ndim).to(p)
+        return kept * p + (1 - kept) * p.sum(dim=-1, keepdim=True) * self.on("stationary", p.device).to(p)
 
     def columns(self, x: Tensor, n: Tensor, m: Tensor | None = None) -> Tensor:
-        kept = broadcast(kept_between(self.kept.to(x.device), n, m), x.ndim + 1)
-        stationary = self.stationary.to(x.device)
+        kept = broadcast(kept_between(self.on("kept", x.device), n, m), x.ndim + 1)
+        stationary = self.on("stationary", x.device)
         return kept * F.one_hot(x, len(stationary)).double() + (1 - kept) * stationary[x][..., None]
 
     def draw(self, x: Tensor, uniform: Tensor, n: Tensor) -> Tensor:
-        kept, u = broadcast(self.kept.to(x.device)[n], x.ndim), uniform.double()
+        kept, u = broadcast(self.on("kept", x.device)[n], x.ndim), uniform.double()
         # given that it is not kept, (u - kept) / (1 - kept) is uniform again
         fresh = ((u - kept) / (1 - kept).clamp(min=TINY)).clamp(0, 1 - 1e-16)
-        drawn = torch.searchsorted(self.stationary.to(x.device).cumsum(0), fresh, right=True)
+        drawn = torch.searchsorted(self.on("stationary", x.device).cumsum(0), fresh, right=True)
         return torch.where(u < kept, x, drawn.clamp(max=len(self.stationary) - 1))
 
 
@@ -138,17 +145,17 @@ class SpectralKernel(Kernel):
         self.left, self.right = vectors / root[:, None], vectors.T * root
 
     def rows(self, x: Tensor, n: Tensor) -> Tensor:
-        factors = broadcast_rows(self.factors.to(x.device)[n], x.ndim + 1)
-        return ((self.left.to(x.device)[x] * factors) @ self.right.to(x.device)).clamp(min=0)
+        factors = broadcast_rows(self.on("factors", x.device)[n], x.ndim + 1)
+        return ((self.on("left", x.device)[x] * factors) @ self.on("right", x.device)).clamp(min=0)
 
     def push(self, p: Tensor, n: Tensor) -> Tensor:
-        factors = broadcast_rows(self.factors.to(p.device)[n], p.ndim)
-        pushed = ((p.double() @ self.left.to(p.device)) * factors) @ self.right.to(p.device)
+        factors = broadcast_rows(self.on("factors", p.device)[n], p.ndim)
+        pushed = ((p.double() @ self.on("left", p.device)) * factors) @ self.on("right", p.device)
         return pushed.clamp(min=0).to(p)
 
     def columns(self, x: Tensor, n: Tensor, m: Tensor | None = None) -> Tensor:
-        factors = broadcast_rows(kept_between(self.factors.to(x.device), n, m), x.ndim + 1)
-        return ((self.right.T.to(x.device)[x] * factors) @ self.left.T.to(x.device)).clamp(min=0)
+        factors = broadcast_rows(kept_between(self.on("factors", x.device), n, m), x.ndim + 1)
+        return ((self.on("right", x.device).T[x] * factors) @ self.on("left", x.device).T).clamp(min=0)
 
 
 class GaussianKernel(Kernel):
@@ -221,7 +228,7 @@ class GaussianKernel(Kernel):
     def columns(self, x: Tensor, n: Tensor, m: Tensor | None = None) -> Tensor:
         if m is None:
             step = broadcast(n - 1, x.ndim)
-            by_distance, diagonal = self.by_distance.to(x.device), self.diagonal.to(x.device)
+            by_distance, diagonal = self.on("by_distance", x.device), self.on("diagonal", x.device)
             distance = (x[..., None] - torch.arange(by_distance.shape[1], device=x.device)).abs()
             is_same = distance == 0
             return torch.where(is_same, diagonal[step, x][..., None], by_distance[step[..., None], distance])
@@ -237,13 +244,13 @@ class AbsorbingKernel(Kernel):
         self.inner, self.kept, self.mask = inner, cumulative_kept(betas), num_classes - 1
 
     def rows(self, x: Tensor, n: Tensor) -> Tensor:
-        kept = broadcast(self.kept.to(x.device)[n], x.ndim + 1)
+        kept = broadcast(self.on("kept", x.device)[n], x.ndim + 1)
         rows = self.inner.rows(x.clamp(max=self.mask - 1), n) * kept
         rows = torch.cat([rows, (1 - kept).expand(*x.shape, 1)], dim=-1)
         return torch.where((x == self.mask)[..., None], F.one_hot(x, self.mask + 1).to(rows), rows)
 
     def push(self, p: Tensor, n: Tensor) -> Tensor:
-        kept = broadcast(self.kept.to(p.device)[n], p.ndim).to(p)
+        kept = broadcast(self.on("kept", p.device)[n], p.ndim).to(p)
         others, masked = p[..., :-1], p[..., -1:]
         masked = masked + (1 - kept) * others.sum(dim=-1, keepdim=True)
         return torch.cat([kept * self.inner.push(others, n), masked], dim=-1)
@@ -255,7 +262,7 @@ class AbsorbingKernel(Kernel):
         return self._absorb(x, self.inner.likelihood(x.clamp(max=self.mask - 1), n), n, torch.zeros_like(n))
 
     def _absorb(self, x: Tensor, inner: Tensor, n: Tensor, m: Tensor | None) -> Tensor:
-        kept = broadcast(kept_between(self.kept.to(x.device), n, m), x.ndim + 1)
+        kept = broadcast(kept_between(self.on("kept", x.device), n, m), x.ndim + 1)
         stays = F.pad(inner * kept, (0, 1))
         absorbed = torch.cat([(1 - kept).expand(*x.shape, self.mask), torch.ones_like(stays[..., :1])], dim=-1)
         return torch.where((x == self.mask)[..., None], absorbed, stays)

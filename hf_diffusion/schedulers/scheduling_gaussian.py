@@ -599,7 +599,9 @@ class GaussianScheduler(SchedulerMixin, ConfigMixin):
         is_seen = t.device.type == "cpu" and t.numel() > 0
         if t.is_floating_point() or (is_seen and not low <= int(t.min()) <= int(t.max()) < len(self)):
             raise ValueError(f"timesteps must be whole numbers between {low} and {len(self) - 1}, not {t.tolist()}")
-        values = self._levels.on(like.device)[t.to(like.device) + 1]
+        # a single number, which is on the CPU nearly always, indexes from the host
+        index = int(t) if is_seen and t.ndim == 0 else t.to(like.device)
+        values = self._levels.on(like.device)[index + 1]
         return values.reshape(values.shape + (1,) * (like.ndim - values.ndim))
 
 

@@ -169,7 +169,7 @@ class MDLMScheduler(SchedulerMixin, ConfigMixin):
 
     def x_0_log_probs(self, logits: Tensor, x_t: Tensor) -> Tensor:
         """log p(x_0 | x_t) (B, L, V): never the mask, and what is not masked stays as it is."""
-        mask = F.one_hot(torch.tensor(self.mask_token_id, device=logits.device), logits.shape[-1]).bool()
+        mask = torch.arange(logits.shape[-1], device=logits.device) == self.mask_token_id
         log_p = logits.masked_fill(mask, -math.inf).log_softmax(dim=-1)
         known = torch.where(F.one_hot(x_t, logits.shape[-1]).bool(), 0.0, -math.inf).to(log_p)
         return torch.where((x_t == self.mask_token_id)[..., None], log_p, known)
@@ -190,7 +190,7 @@ class MDLMScheduler(SchedulerMixin, ConfigMixin):
         chance_t, chance_s = over_tokens(chance_t, p), over_tokens(chance_s, p)
         remask = torch.as_tensor(remask, dtype=torch.float64, device=p.device)
         remask = remask if remask.ndim == 0 else remask[..., None]
-        mask = F.one_hot(torch.tensor(self.mask_token_id, device=p.device), p.shape[-1]).to(p)
+        mask = (torch.arange(p.shape[-1], device=p.device) == self.mask_token_id).to(p)
         alpha_t, alpha_s = 1 - chance_t, 1 - chance_s
         set_now = (alpha_s - (1 - remask) * alpha_t) / chance_t * p
         masked = set_now + (chance_s - remask * alpha_t) / chance_t * mask

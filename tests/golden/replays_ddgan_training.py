@@ -167,7 +167,8 @@ class TrainReplay:
                 self.step += 1
             self.check_shared(f"ep{epoch}__ckpt_netG__")
             self.replay_preview(epoch)
-        assert self.updater.skipped == 0
+        self.updater.settle()
+        assert self.updater.skips.count == 0
 
     def replay_preview(self, epoch: int) -> None:
         """The golden holds the draws of the epoch's samples but not the samples.

@@ -93,6 +93,23 @@ def test_a_compiled_network_trains_to_the_same_weights_within_rounding_and_is_sa
 
 
 @pytest.mark.parametrize("device", [pytest.param("cuda", marks=pytest.mark.gpu)], indirect=True)
+def test_no_step_but_the_first_waits_for_the_device(trained, device, monkeypatch):
+    step = Updater.step
+
+    def watched(updater, number, micros):
+        # the copies of the feed are its own, and may wait
+        micros = list(micros)
+        torch.cuda.set_sync_debug_mode("error" if number else "default")
+        try:
+            step(updater, number, micros)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+    monkeypatch.setattr(Updater, "step", watched)
+    trained("run", "--mixed_precision", "bf16")
+
+
+@pytest.mark.parametrize("device", [pytest.param("cuda", marks=pytest.mark.gpu)], indirect=True)
 def test_captured_graphs_train_to_the_same_weights_within_rounding(trained, device):
     accumulated = ("--gradient_accumulation_steps", "2", "--train_batch_size", "8")
     skipped = counters["inductor"]["cudagraph_skips"]
