@@ -9,6 +9,7 @@ Letters: B batch, C channels, H height, W width.
 import hashlib
 import itertools
 import logging
+import threading
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
@@ -87,6 +88,8 @@ class ImageData(TrainingData):
         self._missing = len(dataset)
         # Where the search for images to top a request up with goes on.
         self._sweep = 0
+        # The training reads ahead in a thread of its own, beside whoever measures.
+        self._keeping = threading.Lock()
 
     @property
     def skipped(self) -> int:
@@ -167,8 +170,9 @@ class ImageData(TrainingData):
         epochs, indices = np.array(pairs, np.int64).reshape(-1, 2).T
         pixels, sources = decoded.pixels, decoded.sources
         if self._cache is not None:
-            self._missing -= int((self._sources[decoded.indices] < 0).sum())
-            self._cache[decoded.indices], self._sources[decoded.indices] = pixels, sources
+            with self._keeping:
+                self._missing -= int((self._sources[decoded.indices] < 0).sum())
+                self._cache[decoded.indices], self._sources[decoded.indices] = pixels, sources
             pixels, sources = self._cache[indices], self._sources[indices]
         if self._random_flip:
             flipped = draws(self._seed, epochs, indices, FLIP) < 0.5

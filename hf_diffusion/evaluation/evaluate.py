@@ -23,7 +23,12 @@ from hf_diffusion.evaluation.inputs import (
 )
 from hf_diffusion.evaluation.judge import Judge
 from hf_diffusion.evaluation.measures import METRICS, Evaluation
-from hf_diffusion.evaluation.model_measures import ModelMeasureOptions, find_model_measure, model_measures
+from hf_diffusion.evaluation.model_measures import (
+    ModelMeasure,
+    ModelMeasureOptions,
+    find_model_measure,
+    model_measures,
+)
 from hf_diffusion.evaluation.options import EvaluationOptions
 from hf_diffusion.evaluation.report import write_metrics
 from hf_diffusion.evaluation.sample_store import Samples, draw_two, sample_images
@@ -71,14 +76,19 @@ def evaluate(options: EvaluationOptions) -> Report:
 
     ValueError, before anything is drawn, for what cannot be measured or sampled.
     """
-    # The first one decides the device and the processes for all that ask for it later.
-    state = PartialState(cpu=options.device == "cpu", timeout=LONGEST_WAIT)
-    if state.is_main_process:
+    options = with_device(options)
+    if PartialState().is_main_process:
         remove_partials(options.output_dir)
-    options = replace(options, device=options.device or str(state.device))
     if is_image_source(options.pipeline):
         return evaluate_file(options, load_image_files(Path(options.pipeline)))
     return evaluate_pipeline(options, SweptPipeline(options))
+
+
+def with_device(options: EvaluationOptions) -> EvaluationOptions:
+    """The options with the device that they leave open."""
+    # The first one decides the device and the processes for all that ask for it later.
+    state = PartialState(cpu=options.device == "cpu", timeout=LONGEST_WAIT)
+    return replace(options, device=options.device or str(state.device))
 
 
 def evaluate_file(options: EvaluationOptions, file: FileImages) -> Report:
@@ -98,8 +108,22 @@ def evaluate_file(options: EvaluationOptions, file: FileImages) -> Report:
     return report
 
 
-def evaluate_pipeline(options: EvaluationOptions, swept: SweptPipeline) -> Report:
-    """Draw and measure every setting, then measure the model."""
+@dataclass(frozen=True)
+class Plan:
+    """What of a pipeline is measured against which data, once all of it is known to be possible.
+
+    `judge` is None where nothing is measured of samples. `of_model` are measures by their names.
+    """
+
+    data: TrainingData
+    labels: list[int] | list[str] | None
+    judge: Judge | None
+    of_model: dict[str, ModelMeasure]
+    asked_of_model: ModelMeasureOptions
+
+
+def plan(options: EvaluationOptions, swept: SweptPipeline) -> Plan:
+    """Load everything and try every setting; ValueError for what cannot be measured or sampled."""
     pipeline = swept.pipeline
     of_samples, of_model = split_metrics(pipeline, options.metrics)
     form = {"form": pipeline.data_form()} if hasattr(pipeline, "data_form") else {}
@@ -115,21 +139,27 @@ def evaluate_pipeline(options: EvaluationOptions, swept: SweptPipeline) -> Repor
             judge.network.features(draw_two(pipeline, options.seed, labels, call))
     pipeline, call = swept.at({})
     asked = model_options(options, swept, labels, call)
-    found = [find_model_measure(pipeline, name) for name in of_model]
-    for measure in found:
+    found = {name: find_model_measure(pipeline, name) for name in of_model}
+    for measure in found.values():
         if hasattr(measure, "check"):
             measure.check(pipeline, data, asked)
+    return Plan(data, labels, judge, found, asked)
 
-    report = Report(options.output_dir, data.name, options.num_images)
-    for number, setting in enumerate(swept.settings if judge is not None else [], 1):
+
+def evaluate_pipeline(options: EvaluationOptions, swept: SweptPipeline) -> Report:
+    """Draw and measure every setting, then measure the model."""
+    made = plan(options, swept)
+    report = Report(options.output_dir, made.data.name, options.num_images)
+    for number, setting in enumerate(swept.settings if made.judge is not None else [], 1):
         if len(swept.settings) > 1 and PartialState().is_main_process:
             described = ", ".join(f"{name} {value}" for name, value in setting.items())
             print(f"[{number}/{len(swept.settings)}] {described}", flush=True)
-        samples = draw_setting(swept, setting, options, labels)
-        report.add_samples(setting, judge.evaluate(samples, labels, options.seed), samples.seconds_per_image())
-    for name, measure in zip(of_model, found):
+        samples = draw_setting(swept, setting, options, made.labels)
+        measured = made.judge.evaluate(samples, made.labels, options.seed)
+        report.add_samples(setting, measured, samples.seconds_per_image())
+    for name, measure in made.of_model.items():
         pipeline, _ = swept.at({})
-        report.add_model(_checked_evaluation(name, measure(pipeline, data, asked)))
+        report.add_model(_checked_evaluation(name, measure(pipeline, made.data, made.asked_of_model)))
     return report
 
 

@@ -222,8 +222,6 @@ class Trainer:
         """The number, the images and the random numbers of each micro-batch of the current step."""
         for micro in range(self.config.gradient_accumulation_steps):
             yield micro, self.in_layout(self.watch.wait(stream)), self.draw(micro)
-            # the device still computes what was asked of it
-            stream.look_ahead()
 
     def draw(self, micro: int) -> Draw:
         """The random numbers of a micro-batch of the current step."""

@@ -29,24 +29,34 @@ from hf_diffusion.commands.evaluate import EvaluateCommand
 from hf_diffusion.data.image_data import ImageData
 from hf_diffusion.data.images import load_images
 from hf_diffusion.environment import environment
-from hf_diffusion.evaluation.measures import METRICS
+from hf_diffusion.evaluation.evaluate import plan, with_device
+from hf_diffusion.evaluation.sweep import SweptPipeline
 from tests.benchmarks.networks import networks
 from tests.benchmarks.other_packages import OTHERS, Batches, why_missing
 
 
 BATCH = 128
+# Of which a part can be told; both are better when low.
+DISTANCES = ("fd", "kd")
 RECIPES = Path(__file__).resolve().parents[2] / "training" / "recipes"
+
+
+def plain_pipeline(data: ImageData) -> DDIMPipeline:
+    """The stock pipeline, before it has learned anything."""
+    torch.manual_seed(0)
+    channels, side, _ = data.sample_shape
+    model, _ = networks(size=side, channels=channels, blocks=1)
+    process = DDPMScheduler(beta_schedule="squaredcos_cap_v2")
+    return DDIMPipeline(model.eval(), DDIMScheduler.from_config(process.config))
 
 
 def train_plain(data: ImageData, minutes: float, folder: Path) -> int:
     """Train for so many minutes and save a stock pipeline of the averages; the number of steps."""
-    torch.manual_seed(0)
-    channels, side, _ = data.sample_shape
-    model, _ = networks(size=side, channels=channels, blocks=1)
-    model.train()
+    pipeline = plain_pipeline(data)
+    model = pipeline.unet.train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=4e-4)
     ema = EMAModel(model.parameters(), decay=0.9999, use_ema_warmup=True, inv_gamma=1.0, power=0.75)
-    process, steps = DDPMScheduler(beta_schedule="squaredcos_cap_v2"), 0
+    process, steps = DDPMScheduler.from_config(pipeline.scheduler.config), 0
     end = time.perf_counter() + 60 * minutes
     for x_0 in Batches(data, BATCH):
         noise, t = torch.randn_like(x_0), torch.randint(1000, (len(x_0),))
@@ -60,7 +70,8 @@ def train_plain(data: ImageData, minutes: float, folder: Path) -> int:
         if time.perf_counter() > end:
             break
     ema.copy_to(model.parameters())
-    DDIMPipeline(model.eval(), DDIMScheduler.from_config(process.config)).save_pretrained(folder)
+    model.eval()
+    pipeline.save_pretrained(folder)
     return steps
 
 
@@ -90,6 +101,18 @@ def words_of_evaluate(samples: Path, is_pipeline: bool, source: list[str], optio
     return [*words, *options.of_evaluate, "--output_dir", str(options.output_dir / f"evaluation_{samples.stem}")]
 
 
+def check_plain(words: list[str], data: ImageData, folder: Path) -> None:
+    """SystemExit for what a stock pipeline cannot be asked for or be measured by."""
+    name = "hf-diffusion evaluate"
+    asked = EvaluateCommand.parsed(words, name)
+    plain_pipeline(data).save_pretrained(folder)
+    try:
+        asked = with_device(asked)
+        plan(asked, SweptPipeline(asked))
+    except ValueError as error:
+        raise SystemExit(f"{name}: {error}") from error
+
+
 def measured(samples: Path, source: list[str], options: argparse.Namespace) -> dict:
     """The measures of samples of a pipeline, or of images in a file."""
     words = words_of_evaluate(samples, samples.is_dir(), source, options)
@@ -113,8 +136,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
     options, options.of_evaluate = parser.parse_known_args(argv)
     if not (RECIPES / options.recipe).is_file():
         parser.error(f"--recipe {options.recipe}: not a file of {RECIPES}")
-    if options.metrics.split(",")[0] not in METRICS:
-        parser.error(f"--metrics {options.metrics}: begin with one of {', '.join(METRICS)}")
+    if options.metrics.split(",")[0] not in DISTANCES:
+        parser.error(f"--metrics {options.metrics}: begin with one of {', '.join(DISTANCES)}, which are compared")
     options.others = options.others.split(",") if options.others else []
     for name in options.others:
         if name not in OTHERS:
@@ -132,13 +155,12 @@ def main(argv: list[str]) -> int:
         where = {"train_data_dir": options.train_data_dir}
     source = [word for name, value in where.items() for word in (f"--{name}", value)]
     without_hub = ["--dataset_name", "none"] if options.train_data_dir is not None else []
-    # a mistake in these is met before the training
-    EvaluateCommand.parsed(
-        words_of_evaluate(options.output_dir / "plain", True, source, options), "hf-diffusion evaluate"
-    )
+    plain = options.output_dir / "plain"
     data = load_images(**where, random_flip=recipe.get("random_flip", False))
+    # a mistake in these is met before the training
+    check_plain(words_of_evaluate(plain, True, source, options), data, plain)
     steps = {
-        "plain": train_plain(data, options.minutes, options.output_dir / "plain"),
+        "plain": train_plain(data, options.minutes, plain),
         "recipe": train_ours([*without_hub, *source], options),
     }
     measures = {name: measured(options.output_dir / name, source, options) for name in steps}

@@ -1,6 +1,9 @@
 """Order and augmentation depend on (seed, epoch, index) alone; memory holds what fits."""
 
 import itertools
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -89,6 +92,32 @@ def test_the_second_epoch_decodes_nothing(tmp_path, monkeypatch):
     assert len(calls) == 10 and data.complete
     list(batches(data, rest))
     assert len(calls) == 10
+
+
+def test_images_that_two_threads_decode_at_once_are_counted_once(tmp_path):
+    data = load_images(train_data_dir=str(folder_of(tmp_path / "set", {"": 16})))
+    decode, both = type(data._decoder).__getitems__, threading.Barrier(2)
+
+    class Decoder:
+        def __getitems__(self, request):
+            decoded = decode(data_decoder, request)
+            both.wait(20)
+            return decoded
+
+    class Sources(np.ndarray):
+        """Which images are held; whoever has read it lets the other thread read, too."""
+
+        def __getitem__(self, index):
+            found = np.asarray(super().__getitem__(index))
+            if np.ndim(index) == 1:
+                time.sleep(0.05)
+            return found
+
+    data_decoder, data._decoder = data._decoder, Decoder()
+    data._sources = data._sources.view(Sources)
+    with ThreadPoolExecutor(2) as pool:
+        first, second = pool.map(lambda rows: data.fetch(rows, 0), (range(10), range(6, 16)))
+    assert data.complete and torch.equal(first["x_0"][6:], second["x_0"][:4])
 
 
 def test_one_of_two_processes_holds_all_images_after_two_epochs(tmp_path, monkeypatch):

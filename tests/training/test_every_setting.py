@@ -135,7 +135,7 @@ def events(name: str) -> Callable[[Trainer], list[int]]:
             patch.setattr(trainer.previews, "draw", lambda step, *_: seen["draw"].append(step))
             patch.setattr(trainer, "optimizer_step", lambda stream: None)
             patch.setattr(trainer, "step", 0)
-            trainer._loop(SimpleNamespace(anywhere=lambda: False))
+            trainer._loop(SimpleNamespace(anywhere=lambda: False, before=lambda: False))
         return seen[name]
 
     return look
