@@ -107,7 +107,7 @@ class Updater:
         if not by_engine:
             self._apply(player, turn, spoiled)
         if self.runs_ahead or turn.is_finite():
-            # an average then takes the weights of before once more
+            # of a spoiled step an average takes the weights, which are as before, once more
             kept = 1 - spoiled
             self.means.add({f"grad_norm{player.suffix}": (torch.where(kept > 0, norm, 0)[None], kept[None])})
             if player.network is self.shared.network:

@@ -5,7 +5,7 @@ always the same and always there. With --optimizer muon also what its products c
 """
 
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 
 import torch
@@ -41,9 +41,14 @@ def settings(folder: str, optimizer: str = "adamw") -> DDPMConfig:
     )
 
 
-def waited_for(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize()
+def in_works(step: Callable[[], None], device: torch.device) -> Iterator[None]:
+    """Works of one step; of ten on a GPU, which still computes one while the next is asked for."""
+    while True:
+        for _ in range(10 if device.type == "cuda" else 1):
+            step()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        yield
 
 
 def bare_steps(model: nn.Module, config: DDPMConfig, data: ImageData, accelerator: Accelerator) -> Iterator[None]:
@@ -54,14 +59,15 @@ def bare_steps(model: nn.Module, config: DDPMConfig, data: ImageData, accelerato
     average = EMAModel(model.parameters(), decay=0.999, use_ema_warmup=True, foreach=True)
     batch = {name: value.to(device) for name, value in data.fetch(list(range(BATCH)), 0).items()}
     draw = Draw(0, 0, slice(0, BATCH), BATCH, device)
-    while True:
+
+    def step() -> None:
         objective.values(model, batch, draw)["loss"].mean().backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         average.step(model.parameters())
-        waited_for(device)
-        yield
+
+    return in_works(step, device)
 
 
 def our_steps(model: nn.Module, config: DDPMConfig, data: ImageData, accelerator: Accelerator) -> Iterator[None]:
@@ -69,11 +75,12 @@ def our_steps(model: nn.Module, config: DDPMConfig, data: ImageData, accelerator
     trainer = Trainer(config, accelerator, objective, data, export=lambda averaged, target: None)
     trainer.objective.players[0].network.train()
     stream = trainer.batches()
-    while True:
+
+    def step() -> None:
         trainer.optimizer_step(stream)
         trainer.step += 1
-        waited_for(accelerator.device)
-        yield
+
+    return in_works(step, accelerator.device)
 
 
 def comparisons() -> Iterator[Comparison]:
