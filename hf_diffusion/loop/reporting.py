@@ -33,7 +33,8 @@ class RunningMeans:
 
     def __init__(self, device: torch.device):
         self.device = device
-        self.sums: dict[str, Tensor] = {}
+        # By the names of its rows, a sum and the weight of it (names, 2).
+        self.sums: dict[tuple[str, ...], Tensor] = {}
 
     def add(self, values: Values) -> None:
         """Add values (B,) by name.
@@ -42,22 +43,24 @@ class RunningMeans:
         """
         for name, value in values.items():
             value, weight = value if isinstance(value, tuple) else (value, torch.ones_like(value))
-            self._add(name, value, weight)
+            self._add((name,), value[:, None], weight[:, None])
 
     def add_by_level(self, name: str, value: Tensor, level: Tensor) -> None:
         """Add values (B,) to the quarter of the noise levels (B,) in [0, 1) that each is of."""
-        quarter = (level * QUARTERS).long()
-        for q in range(QUARTERS):
-            self._add(f"{name}_q{q}", value, (quarter == q).float())
+        quarters = (level * QUARTERS).long()[:, None] == torch.arange(QUARTERS, device=level.device)
+        names = tuple(f"{name}_q{q}" for q in range(QUARTERS))
+        # a loss that is not finite is one of its own quarter alone
+        self._add(names, torch.where(quarters, value[:, None], 0), quarters)
 
-    def _add(self, name: str, value: Tensor, weight: Tensor) -> None:
-        value = value.detach().float()
-        pair = torch.stack([(value * weight).sum(), weight.sum().to(value.dtype)])
-        self.sums[name] = self.sums[name] + pair if name in self.sums else pair
+    def _add(self, names: tuple[str, ...], value: Tensor, weight: Tensor) -> None:
+        """Add columns (B, names); all together, since a small network waits for every kernel."""
+        value, weight = value.detach().float(), weight.float()
+        pairs = torch.stack([(value * weight).sum(0), weight.sum(0)], dim=1)
+        self.sums[names] = self.sums[names] + pairs if names in self.sums else pairs
 
     def so_far(self, names: Iterable[str]) -> dict[str, float]:
         """The means of some values on this process since the last report, for which it waits."""
-        pairs = {name: self.sums[name].tolist() for name in names if name in self.sums}
+        pairs = {name: self.sums[name,][0].tolist() for name in names if (name,) in self.sums}
         return {name: total / count for name, (total, count) in pairs.items() if count}
 
     def report(self, accelerator: Accelerator) -> dict[str, float]:
@@ -67,10 +70,11 @@ class RunningMeans:
         """
         if not self.sums:
             return {}
-        names = sorted(self.sums)
-        totals = accelerator.reduce(torch.stack([self.sums[name] for name in names]), "sum").tolist()
+        groups = sorted(self.sums)
+        totals = accelerator.reduce(torch.cat([self.sums[names] for names in groups]), "sum").tolist()
         self.sums = {}
-        return {name: total / count for name, (total, count) in zip(names, totals) if count}
+        named = zip((name for names in groups for name in names), totals)
+        return {name: total / count for name, (total, count) in sorted(named) if count}
 
 
 class MetricsLog:

@@ -33,6 +33,14 @@ def test_a_loss_is_sorted_into_quarters_of_the_noise_level():
     assert means.report(Accelerator(cpu=True)) == {"loss_q0": 2.0, "loss_q3": 5.0}
 
 
+def test_a_loss_that_is_not_a_number_spoils_the_mean_of_its_own_quarter_alone():
+    means = RunningMeans(torch.device("cpu"))
+    means.add_by_level("loss", torch.tensor([1.0, float("nan"), 3.0]), torch.tensor([0.1, 0.4, 0.9]))
+    report = means.report(Accelerator(cpu=True))
+    assert (report["loss_q0"], report["loss_q3"]) == (1.0, 3.0) and report["loss_q1"] != report["loss_q1"]
+    assert "loss_q2" not in report
+
+
 def test_a_glance_shows_the_means_and_leaves_them_to_the_report():
     means = RunningMeans(torch.device("cpu"))
     assert means.so_far(["loss"]) == {}
