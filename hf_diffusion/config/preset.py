@@ -147,8 +147,8 @@ def optimization(c: Circumstances) -> Choice:
 
 
 def by_muon(chosen: dict[str, Choice], c: Circumstances, given: Mapping[str, Any]) -> dict[str, Choice]:
-    """What DDPM and flow matching, of captions too, learn most by in few minutes of a CPU: Muon at
-    three times the rate of AdamW (docs/training.md).
+    """What DDPM, EDM and flow matching, of captions too, learn most by in few minutes of a CPU:
+    Muon at three times the rate of AdamW (docs/training.md).
 
     given: settings of the user, which it has to fit.
     """
@@ -168,6 +168,16 @@ def ddpm_target(c: Circumstances, given: Mapping[str, Any]) -> dict[str, Choice]
         return {}
     settings = {"prediction_type": "sample", "loss_weighting": "min_snr"}
     return {"target": Choice(settings, "x_0 under these weights of the levels is learned soonest")}
+
+
+def edm_weights(c: Circumstances, given: Mapping[str, Any]) -> dict[str, Choice]:
+    """How much the levels count for EDM (docs/training.md).
+
+    given: settings of the user. Nothing is chosen where they say it.
+    """
+    if not (c.on_cpu and c.are_images) or given.keys() & {"loss_weighting", "learned_weighting"}:
+        return {}
+    return {"weights": Choice({"learned_weighting": True}, "no level's loss outweighs the others")}
 
 
 def flow_levels(c: Circumstances) -> dict[str, Choice]:

@@ -13,7 +13,9 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from hf_diffusion.config import preset
 from hf_diffusion.config.options import option
+from hf_diffusion.config.preset import Choice, Circumstances
 from hf_diffusion.losses.augmentation import told
 from hf_diffusion.losses.noise_levels import antithetic, stratified
 from hf_diffusion.losses.objective import Objective, Player, Values
@@ -53,6 +55,12 @@ class PreconditionedOptions:
     learned_weighting: bool = option(
         False, "divide each noise level's loss by what it is expected to be, which a small network learns"
     )
+
+    def auto_settings(self, circumstances: Circumstances) -> dict[str, Choice]:
+        """The optimizer and the weights of the levels that teach most in few minutes of a CPU."""
+        given = {name: getattr(self, name) for name in self.given}
+        chosen = preset.by_muon(super().auto_settings(circumstances), circumstances, given)
+        return chosen | preset.edm_weights(circumstances, given)
 
     def make_preconditioning(self) -> Preconditioning:
         """The preconditioning of these settings."""

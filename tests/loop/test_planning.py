@@ -12,6 +12,7 @@ from hf_diffusion.loop.trainer import Trainer
 from hf_diffusion.training.train_ddpm import DDPMConfig
 from hf_diffusion.training.train_edm import EDMConfig
 from hf_diffusion.training.train_flow import FlowConfig
+from hf_diffusion.training.train_score import ScoreConfig
 from tests.loop.test_start import parsed, png_folder
 
 
@@ -145,7 +146,7 @@ def test_precision_compilation_and_layout_go_together():
     assert chosen((2,))["mixed_precision"] == "no"
 
 
-@pytest.mark.parametrize("cls", [DDPMConfig, FlowConfig])
+@pytest.mark.parametrize("cls", [DDPMConfig, EDMConfig, FlowConfig])
 def test_a_cpu_learns_images_by_muon_unless_something_else_is_given(cls):
     def of(shape, *words: str, **changes) -> tuple:
         found = chosen(shape, *words, cls=cls, **changes)
@@ -183,8 +184,18 @@ def test_a_target_is_chosen_whole_or_not_at_all(words):
     assert found["optimizer"] == "muon" and not found.keys() & {"prediction_type", "loss_weighting"}
 
 
+def test_edm_learns_the_weights_of_its_levels_on_a_cpu_unless_they_are_given():
+    def of(shape, *words: str, **changes) -> bool | None:
+        return chosen(shape, *words, cls=EDMConfig, **changes).get("learned_weighting")
+
+    assert of((1, 28, 28))
+    for words in (("--loss_weighting", "edm"), ("--no-learned_weighting",)):
+        assert of((1, 28, 28), *words) is None
+    assert of((1, 28, 28), device="cuda") is of((2,)) is None
+
+
 def test_other_methods_are_trained_as_before():
-    found = chosen((1, 28, 28), cls=EDMConfig)
+    found = chosen((1, 28, 28), cls=ScoreConfig)
     assert found["learning_rate"] == 1e-3 and "optimizer" not in found and "level_distribution" not in found
 
 
