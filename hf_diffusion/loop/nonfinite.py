@@ -71,8 +71,8 @@ class Skips:
         if self.in_a_row >= self.config.max_nonfinite_steps:
             raise TrainingDiverged(
                 f"the gradient was not finite in {self.in_a_row} steps in a row, the last of them step {bad.step}; "
-                f"the checkpoints in {self.config.output_dir} are untouched: resume from one with a lower "
-                "learning_rate, or in bf16 instead of fp16"
+                f"the checkpoints in {self.config.output_dir}, if any, are untouched: go on from one, or begin anew, "
+                "with a lower learning_rate, or in bf16 instead of fp16"
             )
 
 
@@ -109,5 +109,6 @@ def check_loss_scale(scaler: torch.amp.GradScaler | None, step: int, output_dir:
         raise TrainingDiverged(
             f"the loss scale of fp16 fell to {scaler.get_scale():g} by step {step}, so the gradients are too large "
             "for fp16 at any scale; the "
-            f"checkpoints in {output_dir} are untouched: go on in bf16 or float32, or with a lower learning_rate"
+            f"checkpoints in {output_dir}, if any, are untouched: go on in bf16 or float32, or with a lower "
+            "learning_rate"
         )

@@ -166,7 +166,8 @@ class Updater:
         if finite and not math.isfinite(grad_norm) and accelerator.mixed_precision != "fp16":
             raise TrainingDiverged(
                 f"the gradient of step {step} was not finite ({grad_norm}) and DeepSpeed has applied it; the "
-                f"checkpoints in {self._output_dir} are untouched: go on from the latest with a lower learning_rate"
+                f"checkpoints in {self.config.output_dir}, if any, are untouched: go on from the latest with a lower "
+                "learning_rate"
             )
         return torch.tensor(grad_norm if finite else math.nan)
 

@@ -250,6 +250,23 @@ def test_a_run_goes_on_from_a_spoilt_step_as_if_it_had_not_been(optimizer):
         assert torch.equal(one, other) and not torch.equal(one, one.new_ones(one.shape))
 
 
+def test_an_engine_that_updates_by_itself_is_told_of_a_bad_loss_before_and_a_bad_gradient_after(monkeypatch, capsys):
+    """DeepSpeed is not here: what it would do is left out, what the loop does around it is not."""
+    player = Player(Line(), squares, 0.1)
+    made = updater(Objective(player), output_dir="runs/mine")
+    monkeypatch.setattr(update, "parallelism", lambda accelerator: "DeepSpeed")
+    made.runs_ahead = False
+    made.step(0, MICROS[:1])
+    assert made.skips.count == 0 and made.means.report(made.accelerator)["grad_norm"] > 0
+    player.loss = spoilt
+    made.step(1, MICROS[:1])
+    assert made.skips.count == 1 and "step 1: the gradient is not finite" in capsys.readouterr().err
+    player.loss = squares
+    monkeypatch.setattr(made.accelerator, "clip_grad_norm_", lambda *_: math.inf)
+    with pytest.raises(TrainingDiverged, match="step 2 was not finite .* the checkpoints in runs/mine, if any, are"):
+        made.step(2, MICROS[:1])
+
+
 def test_dropout_follows_from_the_place_in_the_run():
     drawn = {}
 
